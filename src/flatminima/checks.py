@@ -1,0 +1,61 @@
+"""Argument checks with one wording everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TypeVar
+
+from .errors import ArgumentTypeError, InvalidArgumentError, closest
+
+__all__ = ["check_choice", "check_instance", "check_integer", "check_positive"]
+
+T = TypeVar("T")
+
+
+def _refusal(call: str, argument: str, wanted: str, got: object) -> str:
+    return f"The {argument!r} argument of {call} must be {wanted}; got {got!r}."
+
+
+def check_integer(
+    call: str, argument: str, value: object, *, low: int, high: int | None = None
+) -> int:
+    """`value` as an int within [`low`, `high`]; booleans are not integers here."""
+    wanted = f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentTypeError(_refusal(call, argument, wanted, value))
+    number = value.__index__()
+    if number < low or (high is not None and number > high):
+        raise InvalidArgumentError(_refusal(call, argument, wanted, value))
+    return int(number)
+
+
+def check_positive(call: str, argument: str, value: object) -> float:
+    """`value` as a finite float greater than zero."""
+    wanted = "a finite number > 0"
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise ArgumentTypeError(_refusal(call, argument, wanted, value))
+    number = float(value.__float__())
+    if not (math.isfinite(number) and number > 0):
+        raise InvalidArgumentError(_refusal(call, argument, wanted, value))
+    return number
+
+
+def check_choice(call: str, argument: str, value: object, choices: Iterable[str]) -> str:
+    """`value` when it is one of `choices`."""
+    names = list(choices)
+    if not isinstance(value, str) or value not in names:
+        wanted = "one of " + ", ".join(repr(n) for n in names)
+        hint = " " + closest(value, names) if isinstance(value, str) else ""
+        raise InvalidArgumentError(_refusal(call, argument, wanted, value) + hint)
+    return value
+
+
+def check_instance(call: str, argument: str, value: object, kind: type[T], advice: str) -> T:
+    """`value` when it is an instance of `kind`; `advice` says how to get one."""
+    if not isinstance(value, kind):
+        got = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise ArgumentTypeError(
+            f"The {argument!r} argument of {call} must be a {kind.__name__}; got {got}. {advice}"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Eigensolvers: they see an operator, never a model."""

@@ -1,0 +1,328 @@
+"""Thick-restart Lanczos with locking."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..checks import check_choice, check_integer
+from ..errors import NonFiniteError, NotSymmetricError
+from ..operators import LinearOperator, check_operator
+from ..progress import progress_bar
+from ..randomness import Seed, as_generator
+from ..results import Outcome
+from .result import ROUNDING, EigenResult, check_tolerance, finish
+
+__all__ = ["lanczos"]
+
+Floats = NDArray[np.float64]
+
+WHICH = ("LA", "SA", "LM", "BE")
+
+
+def lanczos(
+    operator: LinearOperator,
+    *,
+    k: int = 1,
+    which: Literal["LA", "SA", "LM", "BE"] = "LA",
+    tol: float = 1e-3,
+    max_products: int | None = None,
+    seed: Seed = 0,
+    basis_size: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> EigenResult:
+    """The k outermost eigenpairs of a symmetric operator.
+
+    Thick-restart Lanczos (Wu and Simon 2000, doi:10.1137/S0895479898334605) with full
+    reorthogonalisation done twice, the residual test at every step, and the projected problem in
+    float64 on the host. A Krylov space holds one direction of each eigenspace, so converged
+    pairs are locked and a new random vector, orthogonal to them, is sent out a few steps more
+    until it brings nothing better: this is what finds repeated eigenvalues.
+
+    Args:
+        operator: symmetric; `HessianOperator`, `MatrixOperator`, `FunctionOperator` or another.
+        k: number of pairs, 1 ≤ k ≤ n.
+        which: "LA" largest algebraic, "SA" smallest algebraic, "LM" largest magnitude, or "BE"
+            both ends (⌈k/2⌉ largest and ⌊k/2⌋ smallest). Signs are kept everywhere.
+        tol: a pair is converged when ‖A u − λ u‖ ≤ tol · max |Ritz value|.
+        max_products: limit on products with the operator; max(1000, 20 k) unless told.
+        seed: of the random start vectors.
+        basis_size: vectors of length n that are kept, max(2 k + 10, 20) unless told.
+        strict: raise instead of warn when the limit is reached.
+        progress: show a bar if it takes long.
+
+    Returns:
+        Best first: descending for "LA" and "BE", ascending for "SA", by descending magnitude
+        for "LM".
+
+    Raises:
+        InvalidArgumentError: k outside [1, n], tol ≤ 0 or below what rounding hides,
+            a limit or basis too small.
+        NonFiniteError: a product holds NaN or infinity.
+        NotSymmetricError: the products contradict the symmetry of the operator.
+        ConvergenceError: with `strict`, when the limit is reached.
+
+    Warns:
+        ConvergenceWarning: the limit was reached; the result says how far it came.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.arange(100.0)))
+        >>> result = fm.lanczos(operator, k=2, tol=1e-5)
+        >>> [round(value, 3) for value in result.eigenvalues.tolist()]
+        [99.0, 98.0]
+        >>> print(result.outcome.value)
+        Converged: every residual is within the tolerance.
+    """
+    check_operator("lanczos", operator)
+    n = operator.shape[0]
+    k = check_integer("lanczos", "k", k, low=1, high=n)
+    check_choice("lanczos", "which", which, WHICH)
+    tol = check_tolerance("lanczos", tol, operator.dtype)
+    limit = max(1000, 20 * k) if max_products is None else max_products
+    limit = check_integer("lanczos", "max_products", limit, low=k)
+    rows = max(2 * k + 10, 20) if basis_size is None else basis_size
+    rows = min(n, check_integer("lanczos", "basis_size", rows, low=min(n, k + 3)))
+    solver = _Solver(operator, k, which, tol, limit, rows, seed)
+    with progress_bar("lanczos", total=limit, unit="product", show=progress) as bar:
+        result = solver.run(bar)
+    return finish(result, call="lanczos", bound=tol * solver.largest, strict=strict)
+
+
+@dataclasses.dataclass
+class _Ritz:
+    """Ritz pairs on the locked vectors and the chain together."""
+
+    values: Floats
+    vectors: Floats
+    """A column for each pair: coefficients of the locked vectors, then of the chain's."""
+    residuals: Floats
+    wanted: list[int]
+    """Positions of the (up to k) pairs asked for, best first."""
+
+
+class _Solver:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        k: int,
+        which: str,
+        tol: float,
+        limit: int,
+        rows: int,
+        seed: Seed,
+    ) -> None:
+        self.operator, self.k, self.which = operator, k, which
+        self.tol, self.limit = tol, limit
+        self.n, self.dtype, self.device = operator.shape[0], operator.dtype, operator.device
+        self.generator = as_generator(seed, self.device)
+        self.eps = float(torch.finfo(self.dtype).eps)
+        # Locked vectors first, then the chain: one contiguous array, one row for each vector.
+        self.basis = torch.empty(rows, self.n, dtype=self.dtype, device=self.device)
+        self.values = np.empty(0)
+        """Of the locked pairs, best first."""
+        self.residuals = np.empty(0)
+        """Of the locked pairs: ‖A u − θ u‖ or a bound on it."""
+        self.products = 0
+        self.largest = 0.0
+        """Largest |Ritz value| so far, a lower bound of ‖A‖."""
+        # Steps of a chain that looks for what the locked pairs have missed: more of them the
+        # more exact the answer is meant to be.
+        self.probe_steps = max(6, math.ceil(-2 * math.log10(tol)))
+
+    def run(self, bar: Any) -> EigenResult:
+        while len(self.values) < self.n and self.products < self.limit:
+            start = self._residual_start(bar)
+            complete = len(self.values) == self.k and start is None
+            if start is None:
+                start = self._random_start()
+            if start is None or self.products >= self.limit:
+                break
+            ritz = self._chain(start, bar, minimum=self.probe_steps if complete else 1)
+            values = ritz.values[ritz.wanted]
+            if complete and np.abs(values - self.values).max() <= self.tol * self.largest:
+                break
+            self._lock(ritz)
+        converged = len(self.values) == self.k and not self._late(self.residuals)
+        return EigenResult(
+            eigenvalues=torch.as_tensor(self.values),
+            eigenvectors=self.basis[: len(self.values)].clone().T,
+            residuals=torch.as_tensor(self._honest(self.residuals)),
+            outcome=Outcome.CONVERGED if converged else Outcome.PRODUCT_LIMIT,
+            products=self.products,
+            which=self.which,
+            tol=self.tol,
+            method="lanczos",
+        )
+
+    # ---------------------------------------------------------------------------------- starts
+
+    def _residual_start(self, bar: Any) -> Tensor | None:
+        """The residual of a locked pair whose bound is above the tolerance; None without one."""
+        for i in range(len(self.values)):
+            if not self._late(self.residuals[i : i + 1]) or self.products >= self.limit:
+                continue
+            vector = self.basis[i]
+            error = self._product(vector) - float(self.values[i]) * vector
+            bar.update()
+            norm = float(torch.linalg.vector_norm(error))
+            self.residuals[i] = norm
+            if self._late(self.residuals[i : i + 1]):
+                start = self._unit_complement(error / norm)
+                if start is not None:
+                    return start
+        return None
+
+    def _random_start(self) -> Tensor | None:
+        draw = torch.randn(
+            self.n, generator=self.generator, device=self.generator.device, dtype=self.dtype
+        ).to(self.device)
+        return self._unit_complement(draw / torch.linalg.vector_norm(draw))
+
+    def _unit_complement(self, vector: Tensor) -> Tensor | None:
+        """The part orthogonal to the locked vectors, of length one; None where there is none."""
+        locked = self.basis[: len(self.values)]
+        for _ in range(2):
+            vector = vector - locked.T @ (locked @ vector)
+        norm = float(torch.linalg.vector_norm(vector))
+        return None if norm < 10 * self.eps else vector / norm
+
+    # ----------------------------------------------------------------------------------- chain
+
+    def _chain(self, start: Tensor, bar: Any, *, minimum: int) -> _Ritz:
+        """Lanczos from `start`, orthogonal to the locked vectors, until what is wanted converged.
+
+        It ends early on an invariant space and at the product limit.
+        """
+        first = len(self.values)
+        capacity = len(self.basis) - first
+        projected = np.zeros((capacity, capacity))
+        coupling = np.zeros((first, capacity))
+        expected = np.zeros(0)
+        vector, size, steps = start, 0, 0
+        while True:
+            self.basis[first + size] = vector
+            present = self.basis[: first + size + 1]
+            remainder = self._product(vector)
+            heights = present @ remainder
+            remainder = remainder - present.T @ heights
+            correction = present @ remainder
+            remainder -= present.T @ correction
+            norm = torch.linalg.vector_norm(remainder).reshape(1)
+            # The only transfer of the step.
+            numbers = torch.cat([heights + correction, norm]).cpu().double().numpy()
+            if not np.isfinite(numbers).all():
+                raise NonFiniteError(
+                    f"Product number {self.products} with {self.operator!r} holds NaN or infinity."
+                )
+            column, beta = numbers[first:-1], float(numbers[-1])
+            coupling[:, size] = numbers[:first]
+            projected[: size + 1, size] = projected[size, : size + 1] = column
+            self._check_symmetry(column[:size] - expected, float(np.abs(column).max()))
+            size += 1
+            steps += 1
+            scale = max(self.largest, beta, float(np.abs(projected[:size, :size]).max()))
+            exhausted = first + size == self.n or beta <= ROUNDING * self.eps * scale
+            ritz = self._ritz(projected[:size, :size], coupling[:, :size], 0 if exhausted else beta)
+            worst = ritz.residuals[ritz.wanted]
+            bar.set_postfix_str(f"largest residual {worst.max():.1e}", refresh=False)
+            bar.update()
+            converged = len(worst) == self.k and not self._late(worst)
+            if (converged and steps >= minimum) or exhausted or self.products >= self.limit:
+                return ritz
+            expected = np.zeros(size)
+            expected[-1] = beta
+            if size == capacity:
+                values, vectors = _eigh(projected)
+                kept = select(values, self.which, self._kept(size))
+                expected = beta * vectors[-1, kept]
+                self._rotate(vectors[:, kept], first, size)
+                coupling[:, : len(kept)] = coupling @ vectors[:, kept]
+                size = len(kept)
+                projected[:] = 0
+                projected[range(size), range(size)] = values[kept]
+            vector = remainder / beta
+
+    def _kept(self, size: int) -> int:
+        """How many Ritz vectors of a full chain to go on with: about half."""
+        return min(size - 1, max(self.k - len(self.values) + 1, size // 2 + 1))
+
+    def _product(self, vector: Tensor) -> Tensor:
+        """As `matvec` without its checks: NaN is found with the step's own transfer."""
+        self.products += 1
+        return self.operator._products(vector.unsqueeze(0))[0]
+
+    def _check_symmetry(self, gaps: Floats, scale: float) -> None:
+        scale = max(scale, self.largest)
+        gap = float(np.abs(gaps).max()) if len(gaps) else 0.0
+        if gap > 0.05 * scale:
+            raise NotSymmetricError(
+                f"{self.operator!r} is not symmetric: ⟨u, A v⟩ and ⟨A u, v⟩ differ by {gap:.2e} "
+                f"for unit vectors where products are of size {scale:.2e}. Lanczos needs a "
+                "symmetric operator that stays the same from product to product."
+            )
+
+    # -------------------------------------------------------------------------------- algebra
+
+    def _late(self, residuals: Floats) -> bool:
+        return bool((self._honest(residuals) > self.tol * self.largest).any())
+
+    def _honest(self, residuals: Floats) -> Floats:
+        """Residuals from the recurrence, not below what rounding of the products adds to them."""
+        return np.maximum(residuals, ROUNDING * self.eps * self.largest)
+
+    def _ritz(self, projected: Floats, coupling: Floats, beta: float) -> _Ritz:
+        """Rayleigh–Ritz on locked vectors U and chain V, with A V = U C + V T + β r eᵀ.
+
+        A U = U Λ + R with known column norms of R, of which Vᵀ R = Cᵀ; what is left of R bounds
+        what the locked vectors add to a residual.
+        """
+        first = len(self.values)
+        whole = np.block([[np.diag(self.values), coupling], [coupling.T, projected]])
+        values, vectors = _eigh(whole)
+        self.largest = max(self.largest, float(np.abs(values).max()))
+        left = np.sqrt(np.maximum(self.residuals**2 - (coupling**2).sum(axis=1), 0))
+        residuals = beta * np.abs(vectors[-1]) + left @ np.abs(vectors[:first])
+        return _Ritz(values, vectors, residuals, select(values, self.which, self.k))
+
+    def _rotate(self, coefficients: Floats, first: int, count: int) -> None:
+        """Replace `count` rows from `first` on by combinations of them, a strip at a time."""
+        small = torch.as_tensor(coefficients.T.copy()).to(self.device, self.dtype)
+        strip = max(1, 2**22 // count)
+        for begin in range(0, self.n, strip):
+            columns = slice(begin, begin + strip)
+            block = self.basis[first : first + count, columns]
+            self.basis[first : first + len(small), columns] = small @ block
+
+    def _lock(self, ritz: _Ritz) -> None:
+        """Make the wanted pairs the locked ones, best first."""
+        self._rotate(ritz.vectors[:, ritz.wanted], 0, len(ritz.values))
+        self.values = ritz.values[ritz.wanted]
+        self.residuals = ritz.residuals[ritz.wanted]
+
+
+def _eigh(matrix: Floats) -> tuple[Floats, Floats]:
+    """By torch and not NumPy, whose threads would contend with torch's at every step."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
+    return values.numpy(), vectors.numpy()
+
+
+def select(values: Floats, which: str, count: int) -> list[int]:
+    """Positions of the `count` values that `which` asks for, best first."""
+    descending = [int(i) for i in np.argsort(-values, kind="stable")]
+    if which == "LA":
+        return descending[:count]
+    if which == "SA":
+        return descending[::-1][:count]
+    if which == "LM":
+        return [int(i) for i in np.argsort(-np.abs(values), kind="stable")[:count]]
+    top = -(-count // 2)
+    bottom = max(top, len(values) - count // 2)
+    return descending[:top] + descending[bottom:]

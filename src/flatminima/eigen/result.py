@@ -1,0 +1,107 @@
+"""What an eigensolver returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..checks import check_positive
+from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError
+from ..results import Outcome, Result, Table, format_number
+
+__all__ = ["EigenResult"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EigenResult(Result):
+    """Eigenpairs of a symmetric operator, best first, each with its residual.
+
+    Attributes:
+        eigenvalues: (k,) in float64 on the host, signs kept.
+        eigenvectors: (n, k) of the operator's dtype on its device, orthonormal columns; None
+            once dropped.
+        residuals: (k,) ‖A u − λ u‖ in float64: some eigenvalue lies within that of λ.
+        outcome: converged, or stopped at the product limit.
+        products: number of products with the operator that it took.
+        which: the end of the spectrum that was asked for.
+        tol: the tolerance that was asked for, relative to the largest |Ritz value|.
+        method: the name of the solver.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([4, -7, 1])))
+        >>> print(fm.lanczos(operator, k=2, which="LM", tol=1e-6))
+        2 eigenpairs (LM) by lanczos
+        pair  eigenvalue  residual
+        ────  ──────────  ────────
+        1             -7  3.11e-14
+        2              4  3.11e-14
+        Note: Converged: every residual is within the tolerance. 4 products.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor | None
+    residuals: Tensor
+    outcome: Outcome
+    products: int
+    which: str
+    tol: float
+    method: str
+
+    @property
+    def converged(self) -> bool:
+        """Whether every residual is within the tolerance."""
+        return self.outcome is Outcome.CONVERGED
+
+    def without_vectors(self) -> EigenResult:
+        """The same result without its eigenvectors, for keeping or writing to a file."""
+        return dataclasses.replace(self, eigenvectors=None)
+
+    def _table(self) -> Table:
+        rows = tuple(
+            (str(i), format_number(value, 6), format_number(residual, 3))
+            for i, (value, residual) in enumerate(
+                zip(self.eigenvalues.tolist(), self.residuals.tolist(), strict=True), start=1
+            )
+        )
+        return Table(
+            header=("pair", "eigenvalue", "residual"),
+            rows=rows,
+            title=f"{len(rows)} eigenpairs ({self.which}) by {self.method}",
+            notes=(f"{self.outcome.value} {self.products} products.",),
+        )
+
+
+ROUNDING = 20
+"""Residuals below this many units of the operator's precision cannot be told from rounding."""
+
+
+def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:
+    """`tol` when products in `dtype` are exact enough to reach it."""
+    tol = check_positive(call, "tol", tol)
+    least = ROUNDING * float(torch.finfo(dtype).eps)
+    if tol < least:
+        raise InvalidArgumentError(
+            f"The 'tol' argument of {call} must be at least {least:.1e} for products in {dtype}; "
+            f"got {tol!r}. Rounding hides smaller residuals; use a float64 model for more."
+        )
+    return tol
+
+
+def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> EigenResult:
+    """`result`, after warning (or raising, when `strict`) if residuals are above `bound`."""
+    if result.converged:
+        return result
+    late = int((result.residuals > bound).sum())
+    message = (
+        f"{call}: {late} of {len(result.eigenvalues)} eigenpairs did not converge within "
+        f"{result.products} products; the largest residual is {float(result.residuals.max()):.2e}, "
+        f"the tolerance {bound:.2e}. Raise max_products or tol, or ask for fewer pairs."
+    )
+    if strict:
+        raise ConvergenceError(message, result)
+    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    return result

@@ -1,0 +1,1 @@
+"""Stochastic estimators: they see an operator, never a model."""

@@ -1,0 +1,1 @@
+"""The loss along lines between models: numbers, no drawing."""

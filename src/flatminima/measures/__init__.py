@@ -1,0 +1,1 @@
+"""Measures of sharpness, one file for each family."""

@@ -1,0 +1,190 @@
+"""Keskar's ε-sharpness."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..checks import check_integer, check_positive
+from ..errors import InvalidArgumentError
+from ..objective import Objective, check_objective
+from ..optimize.box import maximize_over_box
+from ..progress import progress_bar
+from ..randomness import Seed
+from ..results import Outcome, Result, Table, format_number
+from ..vectors import GaussianSubspace
+
+__all__ = ["SharpnessResult", "epsilon_sharpness"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SharpnessResult(Result):
+    """Keskar's φ with what it was made from.
+
+    Attributes:
+        value: φ, a percentage, never negative.
+        loss: L(θ).
+        maximum: the largest loss evaluated in the box.
+        epsilon: ε.
+        subspace: p, or None for the full space.
+        iterations: of L-BFGS-B that were allowed.
+        evaluations: of loss and gradient that were made.
+        outcome: why the maximisation stopped.
+        displacement: θ* − θ of the maximum, shape (n,), when asked for.
+    """
+
+    value: float
+    loss: float
+    maximum: float
+    epsilon: float
+    subspace: int | None
+    iterations: int
+    evaluations: int
+    outcome: Outcome
+    displacement: Tensor | None = None
+
+    def _table(self) -> Table:
+        where = "full space" if self.subspace is None else f"random subspace, p = {self.subspace}"
+        return Table(
+            header=("quantity", "value"),
+            rows=(
+                ("ε-sharpness φ (%)", format_number(self.value)),
+                ("loss L(θ)", format_number(self.loss)),
+                ("largest loss in the box", format_number(self.maximum)),
+                ("evaluations", str(self.evaluations)),
+            ),
+            title=f"ε-sharpness, ε = {self.epsilon:g}, {where}",
+            notes=(self.outcome.value,),
+        )
+
+
+def epsilon_sharpness(
+    objective: Objective,
+    *,
+    epsilon: float = 1e-3,
+    subspace: int | None = None,
+    iterations: int = 10,
+    restarts: int = 0,
+    seed: Seed = 0,
+    return_displacement: bool = False,
+    progress: bool = True,
+) -> SharpnessResult:
+    """How far the loss can rise, in per cent of 1 + L(θ), within a small box around θ.
+
+    φ = 100 · (max over z ∈ C of L(θ + A z) − L(θ)) / (1 + L(θ)), with
+    C = { z : |z_i| ≤ ε (|(A⁺θ)_i| + 1) } (Keskar et al. 2017, arXiv:1609.04836, metric 2.1). In
+    the full space A = I; in a random subspace A ∈ ℝ^{n×p} has independent N(0, 1) entries. The
+    maximisation is inexact by definition: L-BFGS-B, stopped after 10 iterations. The paper says
+    neither where it starts nor how the problem is scaled; here it starts from z = 0, in units of
+    the box (see `optimize.box`), and the value is that of the best point evaluated.
+
+    Args:
+        objective: what is maximised.
+        epsilon: size of the box; the paper takes 1e-3 and 5e-4.
+        subspace: p, the dimension of a random subspace (the paper takes 100), or None for the
+            full space.
+        iterations: of L-BFGS-B, for each start.
+        restarts: further starts from random corners of the box; the best point counts.
+        seed: of the subspace and of the corners.
+        return_displacement: keep the maximising displacement in the result.
+        progress: show a bar if it takes long.
+
+    Returns:
+        φ, in per cent, with the losses, the number of evaluations of loss and gradient, and why
+        the maximisation stopped.
+
+    Raises:
+        InvalidArgumentError: ε ≤ 0, p outside [1, n], or 1 + L(θ) ≤ 0.
+        NonFiniteError: L(θ) is NaN or infinite.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> x = torch.tensor([[3.0, -1.0]])
+        >>> objective = fm.Objective(model, lambda out, y: out.mean(), (x, torch.zeros(1, 1)))
+        >>> result = fm.epsilon_sharpness(objective, epsilon=1e-2)
+        >>> round(result.value, 4)  # 100 ε Σ |g_i| (|θ_i| + 1)
+        4.0
+    """
+    call = "epsilon_sharpness"
+    check_objective(call, objective)
+    epsilon = check_positive(call, "epsilon", epsilon)
+    check_integer(call, "iterations", iterations, low=1)
+    check_integer(call, "restarts", restarts, low=0)
+    basis: GaussianSubspace | None = None
+    point = objective.point()
+    if subspace is None:
+        half_width = _half_width(epsilon, point)
+    else:
+        subspace = check_integer(call, "subspace", subspace, low=1, high=objective.size)
+        basis = GaussianSubspace(
+            objective.size,
+            subspace,
+            seed=seed,
+            dtype=objective.dtype,
+            device=objective.device,
+        )
+        half_width = _half_width(epsilon, basis.coordinates(point))
+
+    def function(z: Tensor) -> tuple[float, Tensor]:
+        if not z.any():
+            # At θ itself, where a loss that is not finite is an error.
+            value, gradient = objective.value_and_gradient()
+        else:
+            displacement = z if basis is None else basis.expand(z)
+            value, gradient = objective.value_and_gradient(displacement)
+        return value, gradient if basis is None else basis.project(gradient)
+
+    loss: float | None = None
+    with progress_bar("ε-sharpness", total=None, unit="evaluation", show=progress) as bar:
+
+        def advance(best: float) -> None:
+            nonlocal loss
+            loss = best if loss is None else loss
+            if 1 + loss <= 0:
+                raise InvalidArgumentError(
+                    f"Keskar's metric divides by 1 + L(θ), and L(θ) is {loss:.4g}; it is made for "
+                    "losses above −1 (add a constant to the loss if that is meaningful)."
+                )
+            bar.set_postfix_str(f"largest loss {best:.4g}", refresh=False)
+            bar.update()
+
+        found = maximize_over_box(
+            function,
+            half_width,
+            iterations=iterations,
+            restarts=restarts,
+            seed=seed,
+            on_evaluation=advance,
+        )
+    assert loss is not None
+    gain = found.value - loss
+    outcome = found.outcome
+    if 0 < gain <= 4 * torch.finfo(objective.dtype).eps * max(abs(loss), abs(found.value)):
+        outcome = Outcome.BELOW_ROUNDING
+    displacement = None
+    if return_displacement:
+        displacement = found.point if basis is None else basis.expand(found.point)
+    return SharpnessResult(
+        value=100 * gain / (1 + loss),
+        loss=loss,
+        maximum=found.value,
+        epsilon=epsilon,
+        subspace=subspace,
+        iterations=iterations,
+        evaluations=found.evaluations,
+        outcome=outcome,
+        displacement=displacement,
+    )
+
+
+def _half_width(epsilon: float, point: Tensor) -> Tensor:
+    """ε (|θ_i| + 1), rounded towards zero so that no displacement leaves the box."""
+    wide = point if point.device.type == "mps" else point.double()
+    exact = epsilon * (wide.abs() + 1)
+    rounded = exact.to(point.dtype)
+    too_wide = rounded.to(exact.dtype) > exact
+    return torch.where(too_wide, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)

@@ -1,0 +1,295 @@
+"""Symmetric linear operators known by their products with vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import check_integer
+from .errors import (
+    ArgumentTypeError,
+    DeviceError,
+    InvalidArgumentError,
+    NonFiniteError,
+    NotSymmetricError,
+    ShapeError,
+)
+from .objective import Objective, check_objective
+from .products import double_backward
+from .vectors import check_vector
+
+__all__ = [
+    "FunctionOperator",
+    "HessianOperator",
+    "LinearOperator",
+    "MatrixOperator",
+    "check_operator",
+]
+
+
+class LinearOperator(ABC):
+    """A symmetric n × n matrix that is known by its products.
+
+    A subclass says what `shape`, `dtype` and `device` are and computes `_products`; every
+    algorithm in `eigen` and `estimators` takes nothing else.
+
+    Attributes:
+        shape: (n, n).
+        dtype: of the vectors.
+        device: of the vectors.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> operator @ torch.tensor([1.0, 1.0])
+        tensor([3., 3.])
+        >>> operator @ torch.eye(2)
+        tensor([[2., 1.],
+                [1., 2.]])
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape: tuple[int, int] = (size, size)
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def _products(self, vectors: Tensor) -> Tensor:
+        """The products with the rows of `vectors` (k, n), as the rows of a new tensor (k, n)."""
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product with `vector`, shape (n,) → (n,).
+
+        Raises:
+            ShapeError: `vector` has another shape.
+            DeviceError: `vector` lies on another device.
+            NonFiniteError: `vector` holds NaN or infinity.
+        """
+        checked = check_vector(
+            f"{type(self).__name__}.matvec",
+            vector,
+            size=self.shape[0],
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return self._products(checked.unsqueeze(0))[0]
+
+    def matmat(self, matrix: Tensor) -> Tensor:
+        """The products with the columns of `matrix`, shape (n, k) → (n, k).
+
+        Raises:
+            ShapeError, DeviceError, NonFiniteError: as in `matvec`.
+        """
+        checked = check_vector(
+            f"{type(self).__name__}.matmat",
+            matrix,
+            size=self.shape[0],
+            dtype=self.dtype,
+            device=self.device,
+            columns=True,
+        )
+        if checked.shape[1] == 0:
+            return checked.clone()
+        return self._products(checked.T.contiguous()).T
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if not isinstance(other, Tensor):
+            raise ArgumentTypeError(
+                f"{type(self).__name__} @ takes a torch.Tensor of shape (n,) or (n, k); got "
+                f"{type(other).__name__}."
+            )
+        if other.dim() not in (1, 2):
+            raise ShapeError(
+                f"{type(self).__name__} @ takes shape ({self.shape[0]},) or ({self.shape[0]}, k); "
+                f"got {tuple(other.shape)}."
+            )
+        return self.matvec(other) if other.dim() == 1 else self.matmat(other)
+
+    def inner(self, left: Tensor, right: Tensor) -> Tensor:
+        """⟨left, right⟩ of two (n,) vectors, a scalar tensor on the device."""
+        return torch.dot(left, right)
+
+    def to_scipy(self) -> Any:
+        """The same operator as a `scipy.sparse.linalg.LinearOperator` on host arrays.
+
+        Example:
+            >>> import torch, flatminima as fm
+            >>> from scipy.sparse.linalg import eigsh
+            >>> matrix = torch.diag(torch.arange(1.0, 21.0, dtype=torch.float64))
+            >>> values = eigsh(fm.MatrixOperator(matrix).to_scipy(), k=1)[0]
+            >>> round(float(values[0]), 6)
+            20.0
+        """
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        dtype = np.dtype(str(self.dtype).removeprefix("torch."))
+
+        def products(array: Any) -> Any:
+            columns = torch.as_tensor(np.array(array.reshape(self.shape[0], -1)))
+            out = self.matmat(columns.to(self.device, self.dtype)).cpu().numpy()
+            return out.reshape(array.shape)
+
+        return ScipyOperator(
+            self.shape,
+            matvec=products,
+            rmatvec=products,
+            matmat=products,
+            rmatmat=products,
+            dtype=dtype,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
+        )
+
+
+def check_operator(call: str, operator: object) -> LinearOperator:
+    """`operator` when it is one."""
+    if not isinstance(operator, LinearOperator):
+        raise ArgumentTypeError(
+            f"The 'operator' argument of {call} must be a LinearOperator; got "
+            f"{type(operator).__name__}. Use fm.HessianOperator(objective), "
+            "fm.MatrixOperator(matrix) or fm.FunctionOperator(function, size)."
+        )
+    return operator
+
+
+class MatrixOperator(LinearOperator):
+    """A symmetric matrix that is at hand.
+
+    Args:
+        matrix: (n, n), a tensor or an array; it must be symmetric.
+
+    Raises:
+        ShapeError: not square.
+        NonFiniteError: NaN or infinity in it.
+        NotSymmetricError: it differs from its transpose by more than rounding.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([1.0, 5.0])))
+        >>> round(fm.lanczos(operator).eigenvalues.item(), 4)
+        5.0
+    """
+
+    def __init__(self, matrix: Tensor | np.ndarray[Any, Any]) -> None:
+        tensor = torch.as_tensor(matrix).detach()
+        if tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape[0] == 0:
+            raise ShapeError(f"MatrixOperator takes shape (n, n); got {tuple(tensor.shape)}.")
+        if not tensor.dtype.is_floating_point:
+            tensor = tensor.to(torch.float64)
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError("MatrixOperator was given a matrix with NaN or infinity.")
+        scale = float(tensor.abs().max())
+        skew = float((tensor - tensor.T).abs().max())
+        if skew > 100 * torch.finfo(tensor.dtype).eps * scale:
+            raise NotSymmetricError(
+                f"MatrixOperator takes a symmetric matrix; this one differs from its transpose "
+                f"by {skew:.2e}. Give (A + A.T) / 2 if that is what is meant."
+            )
+        super().__init__(tensor.shape[0], tensor.dtype, tensor.device)
+        self.matrix = tensor
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.matrix
+
+
+class FunctionOperator(LinearOperator):
+    """A symmetric matrix given by a function that multiplies by it.
+
+    Args:
+        function: (n,) tensor → (n,) tensor, linear and symmetric.
+        size: n.
+        dtype: of the vectors that `function` takes.
+        device: of the vectors that `function` takes.
+
+    Raises:
+        ArgumentTypeError: `function` is not callable.
+        InvalidArgumentError: `size` is below 1.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> double = fm.FunctionOperator(lambda v: 2 * v, 3)
+        >>> double @ torch.tensor([1.0, 2.0, 3.0])
+        tensor([2., 4., 6.])
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not callable(function):
+            raise ArgumentTypeError(
+                f"The 'function' argument of FunctionOperator must be callable; got {function!r}."
+            )
+        if not dtype.is_floating_point:
+            raise InvalidArgumentError(f"FunctionOperator needs a floating dtype; got {dtype}.")
+        check_integer("FunctionOperator", "size", size, low=1)
+        super().__init__(size, dtype, torch.empty(0, device=device).device)
+        self.function = function
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        rows = []
+        for vector in vectors:
+            product = self.function(vector.clone())
+            if not isinstance(product, Tensor) or product.shape != vector.shape:
+                got = tuple(product.shape) if isinstance(product, Tensor) else type(product)
+                raise ShapeError(
+                    f"The function of a FunctionOperator must return shape ({self.shape[0]},); "
+                    f"it gave {got}."
+                )
+            if product.device != self.device:
+                raise DeviceError(
+                    f"The function of a FunctionOperator works on {self.device}; its product lies "
+                    f"on {product.device}."
+                )
+            rows.append(product.detach().to(self.dtype))
+        return torch.stack(rows)
+
+
+class HessianOperator(LinearOperator):
+    """H = ∇²L(θ), by exact products over the whole data set.
+
+    A product costs two to three and a half gradients. `matmat` reads each batch once and builds
+    the graph of its gradient once for all columns.
+
+    Args:
+        objective: what is differentiated twice, at the model's present parameters.
+
+    Attributes:
+        objective: as given.
+
+    Raises:
+        NonFiniteError: from a product, when the loss of a batch is not finite.
+
+    Example:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> hessian = fm.HessianOperator(fm.Objective(model, torch.nn.MSELoss(), (x, y)))
+        >>> hessian @ torch.tensor([1.0, 1.0])  # 2 XᵀX / N = diag(1, 4)
+        tensor([1., 4.])
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        check_objective("HessianOperator", objective)
+        super().__init__(objective.size, objective.dtype, objective.device)
+        self.objective = objective
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        def part(loss: Tensor, leaves: list[Tensor]) -> Tensor:
+            return torch.stack(double_backward(loss, leaves, list(vectors), self.objective.layout))
+
+        products = self.objective.sum_over_batches(part)[1]
+        assert products is not None
+        return products

@@ -1,0 +1,1 @@
+"""Maximisers: they see a function, never a model."""

@@ -1,0 +1,227 @@
+"""Drawing: the one file that imports matplotlib."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from .eigen.result import EigenResult
+from .errors import ArgumentTypeError
+from .landscape.interpolation import Interpolation
+from .report import Comparison, SharpnessReport
+from .results import Result
+
+__all__ = ["plot"]
+
+# Okabe and Ito's palette: told apart also by colour-blind readers.
+BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
+SERIES = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", ":", "-.")
+
+
+def plot(result: Result, ax: Axes | None = None) -> Axes:
+    """Draw a result.
+
+    An `Interpolation` is drawn as in Keskar et al. (2017): the loss on a logarithmic axis at the
+    left, metrics at the right, the objective's own data solid and others dashed, the two models
+    marked. An `EigenResult`, a `SharpnessReport` and a `Comparison` are drawn as points and bars
+    with their errors.
+
+    Args:
+        result: what to draw.
+        ax: where; a new figure unless told.
+
+    Returns:
+        The axis with the loss, or the only one; `ax.figure.savefig(...)` writes it. Nothing is
+        shown on a screen.
+
+    Raises:
+        ArgumentTypeError: there is no picture for this kind of object.
+
+    Example:
+        >>> import matplotlib, torch, flatminima as fm
+        >>> matplotlib.use("Agg")
+        >>> result = fm.lanczos(fm.MatrixOperator(torch.diag(torch.arange(1.0, 9.0))), k=3)
+        >>> fm.plot(result).get_ylabel()
+        'eigenvalue'
+    """
+    if ax is not None and not isinstance(ax, Axes):
+        raise ArgumentTypeError(
+            f"The 'ax' argument of plot must be a matplotlib axis; got {type(ax).__name__}."
+        )
+    return _draw(result, ax)
+
+
+def _axis(ax: Axes | None, width: float, height: float) -> Axes:
+    if ax is not None:
+        return ax
+    axis: Axes = plt.subplots(figsize=(width, height), layout="constrained")[1]
+    return axis
+
+
+@functools.singledispatch
+def _draw(result: Any, ax: Axes | None) -> Axes:  # noqa: ARG001
+    raise ArgumentTypeError(
+        f"plot draws an Interpolation, an EigenResult, a SharpnessReport or a Comparison; got "
+        f"{type(result).__name__}."
+    )
+
+
+@_draw.register
+def _(result: Interpolation, ax: Axes | None) -> Axes:
+    left = _axis(ax, 6.0, 3.8)
+    alphas = np.array(result.alphas)
+    order = np.argsort(alphas)
+    names = list(dict.fromkeys(m for c in result.curves.values() for m in c.metrics))
+    right = left.twinx() if names else None
+    handles = []
+    positive = all(v > 0 for c in result.curves.values() for v in c.loss if math.isfinite(v))
+    for style, (label, curve) in zip(STYLES * 9, result.curves.items(), strict=False):
+        losses = _finite(curve.loss)[order]
+        handles += left.plot(
+            alphas[order], losses, style, color=BLUE, marker=_marker(losses), label=f"{label} loss"
+        )
+        for color, name in zip(SERIES[1:] * 9, names, strict=False):
+            if right is not None and name in curve.metrics:
+                values = _finite(curve.metrics[name])[order]
+                handles += right.plot(
+                    alphas[order], values, style, color=color, label=f"{label} {name}"
+                )
+    for place, name in ((0.0, "start"), (1.0, "end")):
+        left.axvline(place, color=GREY, linewidth=0.8, zorder=0)
+        left.annotate(
+            name,
+            (place, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=GREY,
+            fontsize="small",
+        )
+    left.set_xlabel("α")
+    left.set_yscale("log" if positive else "linear")
+    left.set_ylabel("loss", color=BLUE)
+    left.tick_params(axis="y", labelcolor=BLUE)
+    if right is not None:
+        color = VERMILLION if len(names) == 1 else "black"
+        right.set_ylabel(", ".join(names), color=color)
+        right.ticklabel_format(useOffset=False)
+        _widen(right, 0.1)
+        right.tick_params(axis="y", labelcolor=color)
+    left.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.18),
+        ncols=min(len(handles), 4),
+        frameon=False,
+        fontsize="small",
+    )
+    return left
+
+
+def _finite(values: tuple[float, ...]) -> Any:
+    """Values as an array in which what is not finite leaves a gap."""
+    array = np.array(values, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _marker(values: Any) -> str:
+    """Points between two gaps would not show as a line."""
+    return "." if np.isnan(values).any() else ""
+
+
+def _leads(value: float) -> bool:
+    """Whether a tick is a 2 or a 5 of its decade."""
+    return f"{value:.0e}"[0] in "25"
+
+
+def _widen(axis: Axes, span: float) -> None:
+    """Let the axis span this much at least, so that rounding does not look like a change."""
+    low, high = axis.get_ylim()
+    if high - low < span:
+        axis.set_ylim(high - span, high + span / 20)
+
+
+@_draw.register
+def _(result: EigenResult, ax: Axes | None) -> Axes:
+    axis = _axis(ax, 4.8, 3.4)
+    values = result.eigenvalues.numpy()
+    axis.errorbar(
+        np.arange(1, len(values) + 1),
+        values,
+        yerr=result.residuals.numpy(),
+        fmt="o",
+        color=BLUE,
+        ecolor=GREY,
+        capsize=3,
+        markersize=4,
+    )
+    axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+    axis.set_xlabel(f"index ({result.which})")
+    axis.set_ylabel("eigenvalue")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not result.converged:
+        axis.set_title("not converged", color=VERMILLION, fontsize="small")
+    return axis
+
+
+@_draw.register
+def _(result: SharpnessReport, ax: Axes | None) -> Axes:
+    lines = result.measurements()
+    axis = _axis(ax, 7.0, 0.8 + 0.32 * len(lines))
+    values = [line.value for line in lines]
+    errors = [line.error or 0.0 for line in lines]
+    colors = [BLUE if v >= 0 else VERMILLION for v in values]
+    places = np.arange(len(lines))
+    # Measures have units of their own: sizes on a logarithmic axis, the sign in the colour.
+    sizes = np.abs(values)
+    low = np.minimum(errors, sizes * (1 - 1e-9))
+    axis.barh(places, sizes, color=colors, xerr=[low, errors], ecolor=GREY, height=0.6)
+    axis.set_xscale("log")
+    labels = [line.name if line.value >= 0 else f"−({line.name})" for line in lines]
+    axis.set_yticks(places, labels, fontsize="small")
+    axis.invert_yaxis()
+    axis.set_xlabel("value (each measure in its own unit)")
+    axis.set_title(
+        f"{result.model}: {result.parameters} parameters, {result.examples} examples",
+        fontsize="medium",
+    )
+    return axis
+
+
+@_draw.register
+def _(result: Comparison, ax: Axes | None) -> Axes:
+    shown = [
+        (i, name)
+        for i, name in enumerate(result.measures)
+        if all(result.ratio_of_means[label][i] > 0 for label in result.labels)
+    ]
+    axis = _axis(ax, 7.0, 1.2 + 0.36 * len(shown))
+    places = np.arange(len(shown))
+    others = result.labels[1:]
+    thickness = 0.7 / len(others)
+    for number, (color, label) in enumerate(zip(SERIES * 9, others, strict=False)):
+        ratios = [result.ratio_of_means[label][i] for i, _ in shown]
+        offset = (number - (len(others) - 1) / 2) * thickness
+        # Bars grow from 1, where both models are alike.
+        axis.barh(
+            places + offset, np.array(ratios) - 1, thickness, left=1, color=color, label=label
+        )
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(places, [name for _, name in shown], fontsize="small")
+    axis.invert_yaxis()
+    axis.set_xlabel(f"ratio to {result.labels[0]} (logarithmic)")
+    low, high = axis.get_xlim()
+    few = high / low < 30
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if few and _leads(v) else "")
+    axis.legend(frameon=False, fontsize="small")
+    return axis

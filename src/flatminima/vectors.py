@@ -1,0 +1,270 @@
+"""Parameter vectors: which parameters, in what order, and random directions among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import (
+    ArgumentTypeError,
+    DeviceError,
+    NonFiniteError,
+    ParameterSelectionError,
+    ShapeError,
+    closest,
+)
+from .randomness import Seed, as_generator
+
+__all__ = ["GaussianSubspace", "Layout", "Selection", "check_vector", "select_parameters"]
+
+Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, nn.Parameter]:
+    """The chosen parameters by name, in the model's order, each tensor once.
+
+    Args:
+        model: a tensor reachable under several names (tied weights) is listed under its first.
+        params: None for all that require grad; a glob pattern on names, or several
+            (`"encoder.*"`); or a predicate `(name, parameter) -> bool`.
+
+    Raises:
+        ParameterSelectionError: nothing is selected, a pattern matches nothing (with the names
+            closest to it), or a selected parameter is of a type that has no derivative.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, parameter in named:
+        first.setdefault(id(parameter), name)
+    unique = {first[id(p)]: p for _, p in named}
+    if not unique:
+        raise ParameterSelectionError(f"{type(model).__name__} has no parameters.")
+
+    if params is None:
+        chosen = {n: p for n, p in unique.items() if p.requires_grad}
+        if not chosen:
+            raise ParameterSelectionError(
+                "No parameter requires grad, so none is selected; name them with "
+                'params="*" (frozen parameters may be named, and stay frozen).'
+            )
+    elif callable(params):
+        chosen = {n: p for n, p in unique.items() if params(n, p)}
+        if not chosen:
+            raise ParameterSelectionError("The predicate given as params= selects no parameter.")
+    else:
+        patterns = [params] if isinstance(params, str) else list(params)
+        picked: set[str] = set()
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise ArgumentTypeError(
+                    "params= takes None, glob patterns on parameter names, or a predicate "
+                    f"(name, parameter) -> bool; got {pattern!r}."
+                )
+            hits = {first[id(p)] for n, p in named if fnmatch.fnmatchcase(n, pattern)}
+            if not hits:
+                raise ParameterSelectionError(
+                    f"The pattern {pattern!r} matches no parameter. "
+                    + closest(pattern, [n for n, _ in named])
+                )
+            picked |= hits
+        chosen = {n: p for n, p in unique.items() if n in picked}
+        if not chosen:
+            raise ParameterSelectionError("params= is an empty list; name at least one parameter.")
+
+    for name, parameter in chosen.items():
+        if not parameter.dtype.is_floating_point:
+            raise ParameterSelectionError(
+                f"The parameter {name!r} is of type {parameter.dtype}, along which no derivative "
+                "exists here; leave it out with params=."
+            )
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How named tensors lie one after the other in a vector of length `size`."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Layout:
+        """The layout of these tensors.
+
+        The vector's dtype is the widest among theirs, float32 at least.
+
+        Raises:
+            DeviceError: the tensors lie on several devices.
+        """
+        devices = {t.device for t in tensors.values()}
+        if len(devices) > 1:
+            where = {str(d): next(n for n, t in tensors.items() if t.device == d) for d in devices}
+            raise DeviceError(
+                "The selected parameters lie on several devices ("
+                + ", ".join(f"{n!r} on {d}" for d, n in sorted(where.items()))
+                + "); move the model to one device or select parameters of one with params=."
+            )
+        dtype = torch.float32
+        for tensor in tensors.values():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return cls(
+            names=tuple(tensors),
+            shapes=tuple(t.shape for t in tensors.values()),
+            dtypes=tuple(t.dtype for t in tensors.values()),
+            dtype=dtype,
+            device=next(iter(devices)),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(self.sizes)
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """Each name with its place in the vector."""
+        start = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            yield name, slice(start, start + size)
+            start += size
+
+    def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
+        """One new vector (size,) from a tensor for each name; None counts as zeros."""
+        parts = [
+            torch.zeros(math.prod(shape), dtype=self.dtype, device=self.device)
+            if tensor is None
+            else tensor.detach().reshape(-1).to(self.dtype)
+            for tensor, shape in zip(tensors, self.shapes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Views into `vector` (size,), shaped as the tensors; copies only where dtypes differ."""
+        pieces = torch.split(vector, list(self.sizes))
+        return [
+            piece.view(shape).to(dtype)
+            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        ]
+
+
+def check_vector(
+    call: str,
+    vector: object,
+    *,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    columns: bool = False,
+) -> Tensor:
+    """`vector` as a finite (size,) tensor, or (size, k) with `columns`, of `dtype` on `device`.
+
+    Raises:
+        ArgumentTypeError: not a real tensor.
+        ShapeError: another shape.
+        DeviceError: another device.
+        NonFiniteError: NaN or infinity in it.
+    """
+    wanted = f"({size}, k)" if columns else f"({size},)"
+    if not isinstance(vector, Tensor):
+        raise ArgumentTypeError(
+            f"{call} takes a tensor of shape {wanted}; got {type(vector).__name__}."
+        )
+    if vector.dim() != (2 if columns else 1) or vector.shape[0] != size:
+        raise ShapeError(f"{call} takes shape {wanted}; got {tuple(vector.shape)}.")
+    if vector.device != device:
+        raise DeviceError(f"{call} works on {device}; the vector lies on {vector.device}.")
+    if vector.dtype.is_complex:
+        raise ArgumentTypeError(f"{call} takes real vectors; got {vector.dtype}.")
+    finite = torch.isfinite(vector)
+    if not bool(finite.all()):
+        where = int((~finite).reshape(-1).nonzero()[0])
+        index = divmod(where, vector.shape[1])[0] if columns else where
+        raise NonFiniteError(f"{call} was given a vector with NaN or infinity at index {index}.")
+    return vector.detach().to(dtype)
+
+
+class GaussianSubspace:
+    """A ∈ ℝ^{n×p} with independent N(0, 1) entries, never held whole unless it is small.
+
+    The entries are drawn in float32, a block of rows at a time, each block from its own seed, so
+    that products with A regenerate what does not fit `budget` bytes.
+
+    Args:
+        size: n.
+        dimension: p.
+        seed: an int, or a generator from which one is drawn.
+        dtype: of the vectors it works on.
+        device: of the vectors it works on.
+        budget: bytes of A that may be kept.
+    """
+
+    BLOCK_ENTRIES = 2**22
+
+    def __init__(
+        self,
+        size: int,
+        dimension: int,
+        *,
+        seed: Seed,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: int = 2**28,
+    ) -> None:
+        self.size, self.dimension, self.dtype, self.device = size, dimension, dtype, device
+        generator = as_generator(seed, device)
+        draw = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+        self._seed = int(draw.item())
+        self._rows = max(1, self.BLOCK_ENTRIES // dimension)
+        self._kept: list[Tensor] | None = None
+        if size * dimension * 4 <= budget:
+            self._kept = [block for _, block in self._blocks()]
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        generator = torch.Generator(device=self.device)
+        for index, start in enumerate(range(0, self.size, self._rows)):
+            rows = slice(start, min(start + self._rows, self.size))
+            if self._kept is not None:
+                yield rows, self._kept[index]
+                continue
+            generator.manual_seed(self._seed + index)
+            shape = (rows.stop - rows.start, self.dimension)
+            yield (
+                rows,
+                torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32),
+            )
+
+    def expand(self, coordinates: Tensor) -> Tensor:
+        """A z, shape (n,), for `coordinates` z of shape (p,)."""
+        z = coordinates.to(device=self.device, dtype=self.dtype)
+        out = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        for rows, block in self._blocks():
+            torch.mv(block.to(self.dtype), z, out=out[rows])
+        return out
+
+    def project(self, vector: Tensor) -> Tensor:
+        """Aᵀ v in float64 on the host, shape (p,), for `vector` v of shape (n,)."""
+        total = torch.zeros(self.dimension, dtype=torch.float64)
+        for rows, block in self._blocks():
+            total += (block.to(self.dtype).T @ vector[rows]).double().cpu()
+        return total
+
+    def coordinates(self, vector: Tensor) -> Tensor:
+        """A⁺ v = (AᵀA)⁻¹ Aᵀ v in float64 on the host, shape (p,); a p × p solve."""
+        gram = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
+        for _, block in self._blocks():
+            wide = block.to(torch.float64) if block.device.type != "mps" else block
+            gram += (wide.T @ wide).double().cpu()
+        solution: Tensor = torch.linalg.solve(gram, self.project(vector))
+        return solution
