@@ -1,0 +1,183 @@
+"""The documentation runs: its blocks, its printed output, its lists of names."""
+
+import doctest
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import flatminima as fm
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TOLERANCE = 0.02
+COUNTED = {"(residual)", "(rounding)", "gradients", "products"}
+"""What follows numbers that rounding on another machine changes; only their size is checked."""
+
+
+class Checker(doctest.OutputChecker):
+    """Compares word by word, numbers to `TOLERANCE`."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        if super().check_output(want, got, optionflags):
+            return True
+        # Rules in a table are as long as its numbers are wide.
+        wanted, given = (re.sub("─+", "─", text).split() for text in (want, got))
+        if len(wanted) != len(given):
+            return False
+        return all(
+            _same(w, g, following)
+            for w, g, following in zip(wanted, given, [*wanted[1:], ""], strict=False)
+        )
+
+
+def _same(wanted: str, given: str, following: str) -> bool:
+    if wanted == given:
+        return True
+    try:
+        w, g = float(wanted), float(given)
+    except ValueError:
+        return False
+    if following in COUNTED:
+        return w > 0 and 0.1 <= g / w <= 10
+    return abs(w - g) <= TOLERANCE * abs(w)
+
+
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    """(line, language, source) of every block of Python on the page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (text.count("\n", 0, match.start(2)), match[1], match[2]) for match in BLOCK.finditer(text)
+    ]
+
+
+def given_in_the_readme() -> dict[str, Any]:
+    """What a reader of the README has already."""
+    torch.manual_seed(0)
+    models = [
+        nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        for _ in range(2)
+    ]
+    data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
+    return {
+        "model": models[0],
+        "loss_fn": nn.CrossEntropyLoss(),
+        "train_loader": DataLoader(data, batch_size=20, shuffle=True),
+        "small_batch_model": models[0],
+        "large_batch_model": models[1],
+    }
+
+
+def run(page: Path) -> None:
+    """Run the page's blocks from top to bottom in one namespace."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    if page.name == "README.md":
+        namespace |= given_in_the_readme()
+    name = str(page.relative_to(ROOT))
+    for line, language, source in blocks(page):
+        if language == "python":
+            # Empty lines in front, so that a traceback has the page's line numbers.
+            exec(compile("\n" * line + source, name, "exec"), namespace)
+            continue
+        examples = doctest.DocTestParser().get_examples(source, name)
+        test = doctest.DocTest(examples, namespace, name, name, line, source)
+        report: list[str] = []
+        runner = doctest.DocTestRunner(checker=Checker(), optionflags=doctest.NORMALIZE_WHITESPACE)
+        runner.run(test, out=report.append, clear_globs=False)
+        assert not runner.failures, "".join(report)
+        namespace.update(test.globs)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES if p.exists() and blocks(p)],
+)
+def test_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import matplotlib.pyplot as plt
+
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("Agg")
+    try:
+        run(page)
+    finally:
+        plt.close("all")
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.name) for p in PAGES if p.exists()])
+def test_every_block_of_python_is_found(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r"^\s*(?:```|~~~)\s*\{?\.?py", text, re.MULTILINE)) == len(blocks(page))
+    assert ">>>" not in BLOCK.sub("", text)
+    for _, language, source in blocks(page):
+        assert (">>>" in source) == (language == "pycon")
+
+
+def test_every_public_name_has_its_place_in_the_api() -> None:
+    pages = [p.read_text(encoding="utf-8") for p in sorted((DOCS / "api").glob("*.md"))]
+    documented = re.findall(r"^::: flatminima\.(\S+)$", "\n".join(pages), re.MULTILINE)
+    assert sorted(documented) == sorted(fm.__all__)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    configuration = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    navigation = configuration.split("\nnav:\n")[1].split("\n\n")[0]
+    listed = re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)
+    assert sorted(listed) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+
+
+def test_every_outcome_is_explained() -> None:
+    page = (DOCS / "numbers.md").read_text(encoding="utf-8")
+    for outcome in fm.Outcome:
+        assert f"| {outcome.name} | {outcome.value} | {outcome.brief} |" in page
+
+
+def test_every_error_is_in_the_guide() -> None:
+    page = (DOCS / "measuring.md").read_text(encoding="utf-8")
+    for name in fm.__all__:
+        thing = getattr(fm, name)
+        if isinstance(thing, type) and issubclass(thing, fm.FlatMinimaError | Warning):
+            assert name in page or thing is fm.FlatMinimaWarning
+
+
+def test_the_documentation_asks_no_server_for_anything() -> None:
+    configuration = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert "font: false" in configuration
+    assert "http" not in configuration
+    for page in PAGES:
+        if page.exists():
+            text = page.read_text(encoding="utf-8")
+            assert not re.search(r"!\[[^]]*\]\(http|<(?:script|img|link|iframe)[^>]*http", text)
+
+
+def test_examples_in_docstrings_are_headed_examples() -> None:
+    # The singular is not a section to the tool that makes the API pages; it prints a quotation.
+    wrong = [
+        path.name
+        for path in sorted((ROOT / "src").rglob("*.py"))
+        if re.search(r"^ *Example:$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert wrong == []
+
+
+def test_the_checker_sees_differences() -> None:
+    checker = Checker()
+    flags = doctest.NORMALIZE_WHITESPACE
+    assert checker.check_output("a  1.00\n─────\n", "a 1.01\n──────\n", flags)
+    assert checker.check_output("2.0e-04 (residual)\n", "7.0e-04 (residual)\n", flags)
+    for want, got in (
+        ("1.00", "1.05"),
+        ("a", "b"),
+        ("nan", "1"),
+        ("converged", "stationary"),
+        ("1 converged", "1 NOT CONVERGED"),
+        ("-1", "1"),
+    ):
+        assert not checker.check_output(want + "\n", got + "\n", flags)

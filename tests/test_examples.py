@@ -1,0 +1,151 @@
+import gzip
+import pickle
+import struct
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+
+import flatminima as fm
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import image_data  # noqa: E402
+import small_vs_large_batch  # noqa: E402
+
+
+def write_idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def mnist_files(root, suffix, count=30):
+    rng = np.random.default_rng(0)
+    for part, number in (("train", count), ("t10k", 10)):
+        images = rng.integers(0, 256, (number, 28, 28))
+        labels = np.arange(number) % 10
+        write_idx(root / f"{part}-images-idx3-ubyte{suffix}", images)
+        write_idx(root / f"{part}-labels-idx1-ubyte{suffix}", labels)
+    return images, labels
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("mnist", ".")],
+)
+def test_idx_files_are_read_as_they_are_published(tmp_path, suffix, name, folder):
+    images, labels = mnist_files(tmp_path / folder, suffix)
+    data = image_data.load(name, tmp_path)
+    assert data.train_inputs.shape == (30, 784)
+    assert data.classes == 10
+    assert data.test_labels.tolist() == labels.tolist()
+    np.testing.assert_array_equal(
+        (data.test_inputs * 255).round().numpy(), images.reshape(10, -1).astype(np.float32)
+    )
+
+
+def test_a_cut_idx_file_is_refused(tmp_path):
+    mnist_files(tmp_path, "")
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="cut short"):
+        image_data.load("mnist", tmp_path)
+
+
+def cifar_arrays():
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, 256, (4, 3072), np.uint8), rng.integers(0, 10, 4)) for _ in range(6)]
+
+
+def test_cifar10_in_both_versions_gives_the_same(tmp_path):
+    arrays = cifar_arrays()
+    binary, python = tmp_path / "a/cifar-10-batches-bin", tmp_path / "b/cifar-10-batches-py"
+    binary.mkdir(parents=True)
+    python.mkdir(parents=True)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for name, (images, labels) in zip(names, arrays, strict=True):
+        raw = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
+        (binary / f"{name}.bin").write_bytes(raw.tobytes())
+        batch = {b"data": images, b"labels": labels.tolist()}
+        (python / name).write_bytes(pickle.dumps(batch, protocol=2))
+    first = image_data.load("cifar10", tmp_path / "a")
+    second = image_data.load("cifar10", tmp_path / "b")
+    assert first.train_inputs.shape == (20, 3072)
+    assert torch.equal(first.train_inputs, second.train_inputs)
+    assert torch.equal(first.test_labels, second.test_labels)
+    assert torch.equal(first.test_labels, torch.as_tensor(arrays[5][1]))
+
+
+def test_a_pickle_that_calls_something_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("called",))
+
+    for name in ("test_batch", "data_batch_1"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(pickle.UnpicklingError, match="no place"):
+        image_data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("root", [None, Path("nowhere")])
+def test_files_need_a_folder_that_exists(root):
+    with pytest.raises(FileNotFoundError, match="--root"):
+        image_data.load("mnist", root)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_an_empty_folder_says_what_is_missing(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        image_data.load(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_bundled_data_are_split_without_overlap(name):
+    data = image_data.load(name)
+    count = len(data.train_inputs) + len(data.test_inputs)
+    assert count == {"digits": 1797, "mnist5k": 5000}[name]
+    assert float(data.train_inputs.min()) == 0
+    assert float(data.train_inputs.max()) == 1
+    assert data.classes == 10
+    assert torch.equal(data.train_inputs, image_data.load(name).train_inputs)
+
+
+def test_the_example_prints_tables_and_writes_its_files(tmp_path, capsys):
+    argv = ["--width", "16", "--epochs", "1", "--seeds", "2", "--quiet", "--out", str(tmp_path)]
+    assert small_vs_large_batch.main(argv) == 0
+    printed = capsys.readouterr().out
+    for text in ("1347 training", "large batch / small batch", "ε-sharpness", "±", "2 seeds"):
+        assert text in printed
+    stem = tmp_path / "small_vs_large_batch_digits"
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "| small batch | 16 |" in stem.with_suffix(".md").read_text(encoding="utf-8")
+    comparison = fm.Comparison.from_json(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    assert comparison.labels == ("small batch", "large batch")
+    assert all(len(v) == 2 for v in comparison.values["large batch"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["--data", "mnist"], ["--large-batch", "5000"], ["--data", "cifar10", "--root", "x"]]
+)
+def test_the_example_says_what_was_wrong(argv, capsys):
+    assert small_vs_large_batch.main([*argv, "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_notebook_runs(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    notebook = nbformat.read(EXAMPLES / "small_vs_large_batch.ipynb", as_version=4)
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": EXAMPLES}}
+    )
+    client.execute()
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
