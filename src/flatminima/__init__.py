@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .comparison import Comparison, compare
 from .eigen.lanczos import lanczos
 from .eigen.power_iteration import power_iteration
 from .eigen.result import EigenResult
@@ -31,7 +32,7 @@ from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
 from .objective import Objective, accuracy
 from .operators import FunctionOperator, HessianOperator, LinearOperator, MatrixOperator
-from .report import Comparison, Measurement, SharpnessReport, compare, sharpness
+from .report import Measurement, SharpnessReport, sharpness
 from .results import Outcome, Result, Table
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from .errors import (
     DataChangedError,
     DeviceError,
     EmptyDataError,
+    FlatMinimaError,
     InvalidArgumentError,
     NonFiniteError,
     OneShotDataError,
@@ -38,6 +39,7 @@ __all__ = [
     "count_terms",
     "example_count",
     "is_sum",
+    "located",
     "to_device",
 ]
 
@@ -54,35 +56,53 @@ class Batch:
     weight: float
 
 
+@contextlib.contextmanager
+def located(index: int) -> Iterator[None]:
+    """Errors from the user's data, model, loss or metric say in which batch they arose."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note") and not isinstance(error, FlatMinimaError):
+            error.add_note(f"This happened in batch {index} of the data.")
+        raise
+
+
 # --------------------------------------------------------------------------- nested structures
 
 
-def to_device(data: Any, device: torch.device) -> Any:
+def to_device(data: Any, device: torch.device, *, duplicate: bool = False) -> Any:
     """`data` with every tensor on `device`; the user's own containers are never changed.
 
     Tensors, nested tuples, named tuples, lists, mappings, dataclasses and objects with
-    `.to(device)` are followed; anything else passes through.
+    `.to(device)` are followed; anything else passes through. With `duplicate`, tensors that are
+    on `device` already are copied.
     """
     if isinstance(data, Tensor):
+        if duplicate or data.is_inference():
+            # Tensors from inference mode take no part in derivatives, but copies of them do.
+            twin = data.detach().to(device, non_blocking=True, copy=True)
+            return twin.requires_grad_(data.requires_grad)
         return data.to(device, non_blocking=True)
+    follow = functools.partial(to_device, device=device, duplicate=duplicate)
     if callable(getattr(data, "to", None)):
         # Batch objects such as BatchEncoding move themselves in place, hence the copy.
         return copy.copy(data).to(device)
+    if isinstance(data, dict):
+        # Not built anew: a defaultdict, for one, does not take its contents first.
+        mapping = copy.copy(data)
+        mapping.update({key: follow(value) for key, value in data.items()})
+        return mapping
     if isinstance(data, Mapping):
-        moved = {key: to_device(value, device) for key, value in data.items()}
-        return moved if type(data) is dict else type(data)(moved)  # type: ignore[call-arg]
+        return type(data)({key: follow(value) for key, value in data.items()})  # type: ignore[call-arg]
     if isinstance(data, tuple):
-        items = [to_device(item, device) for item in data]
+        items = [follow(item) for item in data]
         return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
     if isinstance(data, list):
-        return [to_device(item, device) for item in data]
+        return [follow(item) for item in data]
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        moved_fields = {
-            f.name: to_device(getattr(data, f.name), device) for f in dataclasses.fields(data)
-        }
         clone = copy.copy(data)
-        for name, value in moved_fields.items():
-            object.__setattr__(clone, name, value)
+        for f in dataclasses.fields(data):
+            object.__setattr__(clone, f.name, follow(getattr(data, f.name)))
         return clone
     return data
 
@@ -105,6 +125,9 @@ def _tensors(data: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         elif isinstance(data, (tuple, list)):
             for item in data:
                 yield from _tensors(item, seen)
+        elif dataclasses.is_dataclass(data) and not isinstance(data, type):
+            for field in dataclasses.fields(data):
+                yield from _tensors(getattr(data, field.name), seen)
         elif hasattr(data, "__dict__"):
             yield from _tensors(vars(data), seen)
 
@@ -124,9 +147,9 @@ def _fingerprint(data: Any) -> int:
 
 
 def example_count(data: Any) -> int | None:
-    """Number of examples in a batch: the length its tensors share; None when there is none."""
-    lengths = [t.shape[0] for t in _tensors(data) if t.dim() > 0]
-    return int(lengths[0]) if lengths else None
+    """Number of examples in a batch: the length its tensors share; None when they share none."""
+    lengths = {t.shape[0] for t in _tensors(data) if t.dim() > 0}
+    return int(lengths.pop()) if len(lengths) == 1 else None
 
 
 _CLASS_LOSSES: dict[Any, type[nn.Module]] = {
@@ -207,7 +230,7 @@ def count_terms(loss_fn: Any, target: Any) -> float | None:
 
 
 def _as_iterable(data: Any, batch_size: int) -> Iterable[Any]:
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:  # a subclass may do more in __getitem__
         data = tuple(data.tensors)
     if isinstance(data, Tensor | np.ndarray):
         raise ArgumentTypeError(
@@ -216,7 +239,12 @@ def _as_iterable(data: Any, batch_size: int) -> Iterable[Any]:
         )
     if isinstance(data, tuple) and data and all(isinstance(d, Tensor | np.ndarray) for d in data):
         tensors = [torch.as_tensor(d) for d in data]
-        lengths = [t.shape[0] if t.dim() > 0 else 0 for t in tensors]
+        if any(t.dim() == 0 for t in tensors):
+            raise InvalidArgumentError(
+                "The data tuple holds a tensor without dimensions; the first dimension of each "
+                "counts the examples."
+            )
+        lengths = [t.shape[0] for t in tensors]
         if len(set(lengths)) > 1:
             raise InvalidArgumentError(
                 "The tensors of the data tuple differ in length: "
@@ -238,7 +266,7 @@ def _as_iterable(data: Any, batch_size: int) -> Iterable[Any]:
             f"data is a {type(data).__name__}; give a tuple of tensors, a list of batches, a "
             "DataLoader or a Dataset."
         )
-    if iter(data) is data:
+    if isinstance(data, Iterator):
         raise OneShotDataError(
             f"data is a {type(data).__name__}, which can be read only once, and every measure "
             "reads the data many times; give list(data), a DataLoader or a Dataset."
@@ -270,10 +298,11 @@ class _TensorBatches:
 
 
 def _generators(source: Any) -> list[torch.Generator]:
-    """The generators that a loader's sampler draws from, each once."""
-    sampler = getattr(source, "sampler", None)
-    batch_sampler = getattr(source, "batch_sampler", None)
-    owners = [source, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
+    """The generators that a loader and the samplers within it draw from, each once."""
+    owners = [source]
+    for owner in owners:
+        inner = [getattr(owner, name, None) for name in ("sampler", "batch_sampler")]
+        owners += [i for i in inner if i is not None and all(i is not o for o in owners)]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
@@ -314,7 +343,7 @@ class Batches:
         batch_size: int = 1024,
         progress: bool = True,
     ) -> None:
-        if cache not in (True, False, "auto"):
+        if not (isinstance(cache, bool) or cache == "auto"):
             raise InvalidArgumentError(
                 f"The 'cache' argument of Objective must be True, False or 'auto'; got {cache!r}."
             )
@@ -384,11 +413,12 @@ class Batches:
         self.readings += 1
         reseed(READ_SEED)
         iterator = iter(self._source)
+        end = object()
         for index in itertools.count():
             reseed(READ_SEED + index)
-            try:
-                raw = next(iterator)
-            except StopIteration:
+            with located(index):
+                raw = next(iterator, end)
+            if raw is end:
                 return
             yield index, raw
 
@@ -401,16 +431,20 @@ class Batches:
         held = 0
         total = len(self._source) if in_place else None  # type: ignore[arg-type]
         with (
+            torch.inference_mode(False),
             preserved_random_state(),
             self._replayed_generators(),
             progress_bar("reading data", total=total, unit="batch", show=progress) as bar,
         ):
             for index, raw in self._raw_batches():
-                self._weights.append(weight(raw, index))
+                # A loader may fill the same tensors for each batch, so what is kept is a copy.
+                duplicate = kept is not None and not in_place
+                moved = self._moved(raw, index, duplicate=duplicate)
+                with located(index):
+                    self._weights.append(weight(raw, index))
                 if cache is not True:
                     self._marks.append(_fingerprint(raw))
                 if kept is not None:
-                    moved = self._moved(raw, index)
                     stays = in_place and all(t.device == self.device for t in _tensors(raw))
                     held += 0 if stays else sum(t.numel() * t.element_size() for t in _tensors(raw))
                     kept.append(Batch(index, moved, self._weights[index]))
@@ -429,9 +463,9 @@ class Batches:
             )
         self._cached = kept
 
-    def _moved(self, raw: Any, index: int) -> Any:
+    def _moved(self, raw: Any, index: int, *, duplicate: bool = False) -> Any:
         try:
-            return to_device(raw, self.device)
+            return to_device(raw, self.device, duplicate=duplicate)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise DeviceError(
                 f"Batch {index} cannot be moved to {self.device}, where the model is: {error}"
@@ -448,7 +482,12 @@ class Batches:
 
 def check_weight(value: Any, index: int) -> float:
     """A batch's weight as a float ≥ 0."""
-    number = float(value.item() if isinstance(value, Tensor) else value)
+    try:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(
+            f"weight= gave {value!r} for batch {index}; a weight is one number."
+        ) from error
     if not np.isfinite(number) or number < 0:
         raise NonFiniteError(
             f"weight= gave {number} for batch {index}; a weight is finite and ≥ 0."

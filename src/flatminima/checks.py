@@ -6,9 +6,17 @@ import math
 from collections.abc import Iterable
 from typing import TypeVar
 
-from .errors import ArgumentTypeError, InvalidArgumentError, closest
+import torch
 
-__all__ = ["check_choice", "check_instance", "check_integer", "check_positive"]
+from .errors import ArgumentTypeError, DeviceError, InvalidArgumentError, closest
+
+__all__ = [
+    "check_choice",
+    "check_device",
+    "check_instance",
+    "check_integer",
+    "check_positive",
+]
 
 T = TypeVar("T")
 
@@ -49,6 +57,18 @@ def check_choice(call: str, argument: str, value: object, choices: Iterable[str]
         hint = " " + closest(value, names) if isinstance(value, str) else ""
         raise InvalidArgumentError(_refusal(call, argument, wanted, value) + hint)
     return value
+
+
+def check_device(call: str, device: torch.device | str) -> torch.device:
+    """The device with its index, when this machine has it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        # AssertionError: a torch that was built without CUDA.
+        raise DeviceError(
+            f"The 'device' argument of {call} is {str(device)!r}, which this machine or this "
+            f"build of torch does not have: {error}"
+        ) from error
 
 
 def check_instance(call: str, argument: str, value: object, kind: type[T], advice: str) -> T:

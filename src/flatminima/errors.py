@@ -33,7 +33,7 @@ __all__ = [
 class FlatMinimaError(Exception):
     """Above every exception that this library raises on purpose.
 
-    Example:
+    Examples:
         >>> import flatminima as fm
         >>> issubclass(fm.InvalidArgumentError, fm.FlatMinimaError)
         True
@@ -41,51 +41,176 @@ class FlatMinimaError(Exception):
 
 
 class InvalidArgumentError(FlatMinimaError, ValueError):
-    """An argument has a value outside what the call accepts."""
+    """An argument has a value outside what the call accepts.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.eye(2))
+        >>> try:
+        ...     fm.lanczos(operator, k=5)
+        ... except fm.InvalidArgumentError as error:
+        ...     print(error)
+        The 'k' argument of lanczos must be an integer from 1 to 2; got 5.
+    """
 
 
 class ArgumentTypeError(FlatMinimaError, TypeError):
-    """An argument is of a type that the call cannot use."""
+    """An argument is of a type that the call cannot use.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> try:
+        ...     fm.lanczos(torch.eye(2))
+        ... except fm.ArgumentTypeError as error:
+        ...     print(error)
+        The 'operator' argument of lanczos must be a LinearOperator; got Tensor. ...
+    """
 
 
 class ShapeError(FlatMinimaError, ValueError):
-    """A vector or matrix has the wrong shape."""
+    """A vector or matrix has the wrong shape.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> try:
+        ...     fm.MatrixOperator(torch.eye(2)) @ torch.ones(3)
+        ... except fm.ShapeError as error:
+        ...     print(error)
+        MatrixOperator.matvec takes shape (2,); got (3,).
+    """
 
 
 class DeviceError(FlatMinimaError, ValueError):
-    """Model, data or vector lie on different devices."""
+    """Model, data or vector lie on different devices.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(1, 1)
+        >>> data = torch.ones(1, 1), torch.ones(1, 1)
+        >>> try:
+        ...     fm.Objective(model, torch.nn.MSELoss(), data, device="meta")
+        ... except fm.DeviceError as error:
+        ...     print(error)
+        device='meta' was asked for, but the model is on cpu; ...
+    """
 
 
 class ParameterSelectionError(FlatMinimaError, ValueError):
-    """`params=` selects nothing, or something that has no derivative."""
+    """`params=` selects nothing, or something that has no derivative.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(1, 1)
+        >>> data = torch.ones(1, 1), torch.ones(1, 1)
+        >>> try:
+        ...     fm.Objective(model, torch.nn.MSELoss(), data, params="wieght")
+        ... except fm.ParameterSelectionError as error:
+        ...     print(error)
+        The pattern 'wieght' matches no parameter. Did you mean 'weight'?
+    """
 
 
 class LossNotScalarError(FlatMinimaError, ValueError):
-    """The loss of a batch is not one real number with a graph behind it."""
+    """The loss of a batch is not one real number with a graph behind it.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model, loss_fn = torch.nn.Linear(1, 1), torch.nn.MSELoss(reduction="none")
+        >>> data = torch.ones(3, 1), torch.ones(3, 1)
+        >>> try:
+        ...     fm.Objective(model, loss_fn, data).loss()
+        ... except fm.LossNotScalarError as error:
+        ...     print(error)
+        The loss of batch 0 has shape (3, 1), not one value; use reduction="mean" ...
+    """
 
 
 class NonFiniteError(FlatMinimaError, ValueError):
-    """A loss, a product or a vector holds NaN or infinity."""
+    """A loss, a product or a vector holds NaN or infinity.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> try:
+        ...     fm.MatrixOperator(torch.eye(2)) @ torch.tensor([1.0, float("nan")])
+        ... except fm.NonFiniteError as error:
+        ...     print(error)
+        MatrixOperator.matvec was given a vector with NaN or infinity at index 1.
+    """
 
 
 class EmptyDataError(FlatMinimaError, ValueError):
-    """The data hold no batch, or only batches of weight zero."""
+    """The data hold no batch, or only batches of weight zero.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> try:
+        ...     fm.Objective(torch.nn.Linear(1, 1), torch.nn.MSELoss(), [])
+        ... except fm.EmptyDataError as error:
+        ...     print(error)
+        The data hold no batch; ...
+    """
 
 
 class OneShotDataError(FlatMinimaError, TypeError):
-    """The data can be read only once, and every measure reads them many times."""
+    """The data can be read only once, and every measure reads them many times.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> batches = ((torch.ones(1, 1), torch.ones(1, 1)) for _ in range(3))
+        >>> try:
+        ...     fm.Objective(torch.nn.Linear(1, 1), torch.nn.MSELoss(), batches)
+        ... except fm.OneShotDataError as error:
+        ...     print(error)
+        data is a generator, which can be read only once, ...
+    """
 
 
 class DataChangedError(FlatMinimaError, RuntimeError):
-    """Reading the data again gave other batches than the first time."""
+    """Reading the data again gave other batches than the first time.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> class Noise(torch.utils.data.Dataset):
+        ...     generator = torch.Generator().manual_seed(0)
+        ...     def __len__(self):
+        ...         return 4
+        ...     def __getitem__(self, index):
+        ...         return torch.randn(1, generator=self.generator), torch.zeros(1)
+        >>> model, loss_fn = torch.nn.Linear(1, 1), torch.nn.MSELoss()
+        >>> try:
+        ...     fm.Objective(model, loss_fn, Noise(), cache=False).loss()
+        ... except fm.DataChangedError as error:
+        ...     print(error)
+        Reading the data again gave other batches than the first time (batch 0 differs): ...
+    """
 
 
 class StateMismatchError(FlatMinimaError, ValueError):
-    """Two models, or a model and a state dict, do not have the same tensors."""
+    """Two models, or a model and a state dict, do not have the same tensors.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model, data = torch.nn.Linear(1, 1), (torch.ones(1, 1), torch.ones(1, 1))
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> try:
+        ...     fm.interpolate(objective, model, torch.nn.Linear(1, 1, bias=False))
+        ... except fm.StateMismatchError as error:
+        ...     print(error)
+        The 'end' argument of interpolate does not fit the objective's model: it lacks 'bias'. ...
+    """
 
 
 class NotSymmetricError(FlatMinimaError, ValueError):
-    """An operator that must be symmetric is not."""
+    """An operator that must be symmetric is not.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> try:
+        ...     fm.MatrixOperator(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+        ... except fm.NotSymmetricError as error:
+        ...     print(error)
+        MatrixOperator takes a symmetric matrix; this one differs from its transpose by ...
+    """
 
 
 class ConvergenceError(FlatMinimaError, RuntimeError):
@@ -93,6 +218,15 @@ class ConvergenceError(FlatMinimaError, RuntimeError):
 
     Attributes:
         result: what had been reached; the same object that would have been returned.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.arange(100.0)))
+        >>> try:
+        ...     fm.lanczos(operator, max_products=5, strict=True)
+        ... except fm.ConvergenceError as error:
+        ...     print(error.result.products)
+        5
     """
 
     def __init__(self, message: str, result: object = None) -> None:
@@ -101,11 +235,27 @@ class ConvergenceError(FlatMinimaError, RuntimeError):
 
 
 class FlatMinimaWarning(UserWarning):
-    """Above every warning that this library gives."""
+    """Above every warning that this library gives.
+
+    Examples:
+        >>> import flatminima as fm
+        >>> issubclass(fm.ConvergenceWarning, fm.FlatMinimaWarning)
+        True
+    """
 
 
 class ConvergenceWarning(FlatMinimaWarning):
-    """An iterative method ran out of budget; its result says how far it came."""
+    """An iterative method ran out of budget; its result says how far it came.
+
+    Examples:
+        >>> import warnings, torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.arange(100.0)))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     result = fm.lanczos(operator, max_products=5)
+        >>> print(caught[0].message)
+        lanczos: 1 of 1 eigenpairs did not converge within 5 products; ...
+    """
 
 
 def closest(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .batches import Batch, Batches, check_weight, count_terms, example_count, is_sum
-from .checks import check_choice, check_instance
+from .batches import Batch, Batches, check_weight, count_terms, example_count, is_sum, located
+from .checks import check_choice, check_device, check_instance
 from .errors import (
     ArgumentTypeError,
     DeviceError,
@@ -29,7 +29,7 @@ Metric = Callable[[Any, Any], "Tensor | float"]
 """`metric(output, target)` → its mean over the batch's examples (or labels ≠ −100)."""
 
 BatchPart = Callable[[Tensor, list[Tensor]], Tensor]
-"""`part(w_b ℓ_b with its graph, leaves)` → what the batch adds: a vector or a matrix."""
+"""`part(ℓ_b with its graph, leaves)` → what the batch adds, linear in ℓ_b: a vector or a matrix."""
 
 
 def check_objective(call: str, objective: object) -> Objective:
@@ -49,7 +49,7 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar tensor in [0, 1].
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> scores = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
         >>> round(fm.accuracy(scores, torch.tensor([0, 1, 1])).item(), 4)
@@ -119,6 +119,8 @@ class Objective:
         size: n, the number of selected parameters.
         dtype: of the vectors: the parameters' own, float32 at least.
         device: of model, data and vectors.
+        mode: as given.
+        examples: number of examples in the data.
         batches: the data as they are read.
 
     Raises:
@@ -127,7 +129,7 @@ class Objective:
         EmptyDataError: no batch, or none with a weight above zero.
         DeviceError: the model is not on `device`, or a batch cannot be moved there.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.ones_(model.weight)
@@ -187,7 +189,6 @@ class Objective:
         self._is_sum = loss_fn is not None and is_sum(loss_fn)
         self._check_devices(device)
         self.examples = 0
-        """Number of examples in the data."""
         self.batches = Batches(
             data,
             device=self.device,
@@ -279,30 +280,29 @@ class Objective:
                 "metrics= needs an objective with loss_fn(output, target); with batch_loss= "
                 "there is no output to judge."
             )
-        own = dict(self.model.named_parameters())
+        own = self._detached_parameters()
         tensors = {name: state.get(name, p).detach() for name, p in own.items()}
         originals = {n: state.get(n, b) for n, b in self.model.named_buffers()}
         sums = dict.fromkeys(metrics, 0.0)
         counts = dict.fromkeys(metrics, 0.0)
         losses: list[Tensor] = []
         weights: list[float] = []
-        with self._evaluation(), torch.no_grad(), self.batches.reading() as stream:
+        with self._evaluation(), self.batches.reading() as stream:
             buffers = _Buffers(originals)
             for batch in stream:
-                with self._located(batch):
+                with located(batch.index):
                     reseed(batch.index)
                     loss, output, target = self._forward(batch, tensors, buffers)
-                losses.append(loss)
+                    for name, metric in metrics.items():
+                        count = _label_count(target)
+                        count = batch.weight if count is None else count
+                        if count > 0:
+                            sums[name] += count * _metric_value(name, metric(output, target))
+                            counts[name] += count
+                losses.append(loss.detach())
                 weights.append(1.0 if self._is_sum else batch.weight)
-                for name, metric in metrics.items():
-                    count = _label_count(target)
-                    if count > 0:
-                        sums[name] += count * _metric_value(name, metric(output, target))
-                        counts[name] += count
-        values = torch.stack(losses).cpu().double().tolist()
-        value = _sum([w * v for w, v in zip(weights, values, strict=True)])
-        means = {n: sums[n] / counts[n] if counts[n] else math.nan for n in sums}
-        return value / self.batches.total_weight, means
+        value = _sum(_weighted(losses, weights)) / self.batches.total_weight
+        return value, {n: sums[n] / counts[n] if counts[n] else math.nan for n in sums}
 
     # ----------------------------------------------------------------------- for other rooms
 
@@ -312,34 +312,41 @@ class Objective:
         """The one place where batches are added up.
 
         Args:
-            part: what each batch adds, made from its weighted loss `w_b ℓ_b` with its graph and
-                the selected parameters at θ + δ as leaves; None when only the loss is wanted.
+            part: what each batch adds, made from its loss ℓ_b with its graph and the selected
+                parameters at θ + δ as leaves, and linear in the loss; None when only the loss is
+                wanted.
             displacement: δ, shape (n,), of this objective's dtype and device.
             check: raise for a loss that is not finite, naming the batch.
 
         Returns:
-            L(θ + δ), added up in float64, and Σ_b part_b / Σ_b w_b (None without `part`).
+            L(θ + δ), added up in float64, and Σ_b w_b part_b / Σ_b w_b (None without `part`).
         """
-        leaves = self._leaves(displacement)
         losses: list[Tensor] = []
+        weights: list[float] = []
         indices: list[int] = []
         total: Tensor | None = None
         with self._evaluation(), self.batches.reading() as stream:
+            leaves = self._leaves(displacement, differentiable=part is not None)
             buffers = _Buffers(dict(self.model.named_buffers()))
             replaced = dict(zip(self.layout.names, leaves, strict=True))
+            if part is None:
+                replaced = {**self._detached_parameters(), **replaced}
             for batch in stream:
-                with self._located(batch), torch.set_grad_enabled(part is not None):
+                weight = 1.0 if self._is_sum else batch.weight
+                with located(batch.index):
                     reseed(batch.index)
                     loss, _, _ = self._forward(batch, replaced, buffers)
-                    if not self._is_sum:
-                        loss = loss * batch.weight
                     if part is not None:
+                        self._check_graph(loss, batch)
+                        # Weighted only now: a half-precision loss times a large weight is inf.
                         added = part(loss, leaves)
-                        total = added if total is None else total.add_(added)
+                        total = (
+                            added.mul_(weight) if total is None else total.add_(added, alpha=weight)
+                        )
                 losses.append(loss.detach())
+                weights.append(weight)
                 indices.append(batch.index)
-        # One transfer for all batches: reading each loss as it comes would stall a GPU.
-        values = torch.stack(losses).cpu().double().tolist()
+        values = _weighted(losses, weights)
         if check:
             for index, value in zip(indices, values, strict=True):
                 if not math.isfinite(value):
@@ -347,8 +354,8 @@ class Objective:
                         f"The loss of batch {index} is {value}; look for NaN in that batch, a "
                         "diverged model, or a logarithm of zero in the loss."
                     )
-        weight = self.batches.total_weight
-        return _sum(values) / weight, None if total is None else total.div_(weight)
+        whole = self.batches.total_weight
+        return _sum(values) / whole, None if total is None else total.div_(whole)
 
     # -------------------------------------------------------------------------------- private
 
@@ -357,12 +364,20 @@ class Objective:
             f"Objective.{call}", displacement, size=self.size, dtype=self.dtype, device=self.device
         )
 
-    def _leaves(self, displacement: Tensor | None) -> list[Tensor]:
+    def _leaves(self, displacement: Tensor | None, *, differentiable: bool) -> list[Tensor]:
         if displacement is None:
             values = [p.detach() for p in self.parameters.values()]
         else:
             values = self.layout.unflatten(self.point().add_(displacement))
-        return [v.detach().requires_grad_() for v in values]
+        return [v.detach().requires_grad_(differentiable) for v in values]
+
+    def _detached_parameters(self) -> dict[str, Tensor]:
+        """Every parameter of the model, selected or not, without a graph.
+
+        Where only a value is wanted these take the place of `no_grad`, under which a loss that
+        itself differentiates by its input (a differential equation's residual) cannot be had.
+        """
+        return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def _forward(
         self, batch: Batch, replaced: dict[str, Tensor], buffers: _Buffers
@@ -389,25 +404,30 @@ class Objective:
                 f"The loss of batch {batch.index} is of type {loss.dtype}; it must be real."
             )
         scalar: Tensor = loss.reshape(())
-        if torch.is_grad_enabled() and not scalar.requires_grad:
+        return scalar
+
+    @staticmethod
+    def _check_graph(loss: Tensor, batch: Batch) -> None:
+        if not loss.requires_grad:
             raise LossNotScalarError(
                 f"The loss of batch {batch.index} does not depend on the selected parameters: "
                 "they are unused, or the graph is cut by detach(), no_grad() or .data."
             )
-        return scalar
 
     def _weigh(self, data: Any, index: int) -> float:
-        self.examples += example_count(data) or 0
+        target = None if self._loss_fn is None else _split(data, index)[1]
+        self.examples += example_count(data) or example_count(target) or 0
         if self._weight is not None:
             return check_weight(self._weight(data), index)
         if self._loss_fn is not None:
-            count = count_terms(self._loss_fn, _split(data, index)[1])
+            count = count_terms(self._loss_fn, target)
         else:
             count = example_count(data)
         if count is None:
             raise InvalidArgumentError(
-                f"Batch {index} does not tell how many examples it holds; give weight=lambda "
-                "batch: number of terms that the batch's mean loss averages over."
+                f"Batch {index} does not tell how many examples it holds (no tensor in it, or "
+                "tensors of different lengths); give weight=lambda batch: number of terms that "
+                "the batch's mean loss averages over."
             )
         return float(count)
 
@@ -421,7 +441,7 @@ class Objective:
         if self.device.type == "meta":
             raise DeviceError("The model's parameters are on the meta device and hold no numbers.")
         if asked is not None:
-            wanted = torch.empty(0, device=asked).device
+            wanted = check_device("Objective", asked)
             if wanted != self.device:
                 raise DeviceError(
                     f"device={str(asked)!r} was asked for, but the model is on {self.device}; "
@@ -430,11 +450,22 @@ class Objective:
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Training flags as `mode` wants them, and derivatives possible; undone at the end."""
+        """Training flags as `mode` wants them, and derivatives possible; undone at the end.
+
+        What a forward binds to its modules (a recurrent layer's list of weights, the normed
+        weight of `spectral_norm`, a cache) is undone too: it was made from replaced parameters.
+        """
+        modules = list(self.model.modules())
+        kept = [
+            (bound, dict(bound))
+            for m in modules
+            for bound in (vars(m), m._parameters, m._buffers, m._modules)
+            if isinstance(bound, dict)
+        ]
         flags = []
         if self.mode != "keep":
             wanted = self.mode == "train"
-            flags = [(m, m.training) for m in self.model.modules() if m.training != wanted]
+            flags = [(m, m.training) for m in modules if m.training != wanted]
         try:
             # Set one by one: a model's own train() may do more than set flags.
             for module, flag in flags:
@@ -442,18 +473,12 @@ class Objective:
             with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
+            for bound, before in kept:
+                for name in bound.keys() - before.keys():
+                    del bound[name]
+                bound.update(before)
             for module, flag in flags:
                 module.training = flag
-
-    @contextlib.contextmanager
-    def _located(self, batch: Batch) -> Iterator[None]:
-        """Errors from the user's model, loss or metric say in which batch they arose."""
-        try:
-            yield
-        except Exception as error:
-            if hasattr(error, "add_note"):
-                error.add_note(f"This happened in batch {batch.index} of the data.")
-            raise
 
 
 class _Forward(nn.Module):
@@ -501,13 +526,19 @@ def _metric_value(name: str, value: Any) -> float:
             f"The metric {name!r} gave shape {tuple(value.shape)}, not one value; return its mean "
             "over the batch."
         )
-    return float(value)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def _label_count(target: Any) -> float:
+def _label_count(target: Any) -> float | None:
     if isinstance(target, Tensor) and not target.dtype.is_floating_point:
         return float((target != -100).sum().item())
-    return float(example_count(target) or 0)
+    return example_count(target)
+
+
+def _weighted(losses: list[Tensor], weights: list[float]) -> list[float]:
+    """w_b ℓ_b in float64; one transfer, as reading each loss as it comes would stall a GPU."""
+    values = torch.stack(losses).cpu().double().tolist()
+    return [w * v for w, v in zip(weights, values, strict=True)]
 
 
 def _sum(values: Sequence[float]) -> float:

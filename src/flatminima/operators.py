@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_integer
+from .checks import check_device, check_integer
 from .errors import (
     ArgumentTypeError,
     DeviceError,
@@ -43,7 +43,7 @@ class LinearOperator(ABC):
         dtype: of the vectors.
         device: of the vectors.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> operator = fm.MatrixOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
         >>> operator @ torch.tensor([1.0, 1.0])
@@ -83,7 +83,9 @@ class LinearOperator(ABC):
         """The products with the columns of `matrix`, shape (n, k) → (n, k).
 
         Raises:
-            ShapeError, DeviceError, NonFiniteError: as in `matvec`.
+            ShapeError: `matrix` has another shape.
+            DeviceError: `matrix` lies on another device.
+            NonFiniteError: `matrix` holds NaN or infinity.
         """
         checked = check_vector(
             f"{type(self).__name__}.matmat",
@@ -117,7 +119,7 @@ class LinearOperator(ABC):
     def to_scipy(self) -> Any:
         """The same operator as a `scipy.sparse.linalg.LinearOperator` on host arrays.
 
-        Example:
+        Examples:
             >>> import torch, flatminima as fm
             >>> from scipy.sparse.linalg import eigsh
             >>> matrix = torch.diag(torch.arange(1.0, 21.0, dtype=torch.float64))
@@ -167,11 +169,12 @@ class MatrixOperator(LinearOperator):
         matrix: (n, n), a tensor or an array; it must be symmetric.
 
     Raises:
+        ArgumentTypeError: complex.
         ShapeError: not square.
         NonFiniteError: NaN or infinity in it.
         NotSymmetricError: it differs from its transpose by more than rounding.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([1.0, 5.0])))
         >>> round(fm.lanczos(operator).eigenvalues.item(), 4)
@@ -182,6 +185,8 @@ class MatrixOperator(LinearOperator):
         tensor = torch.as_tensor(matrix).detach()
         if tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape[0] == 0:
             raise ShapeError(f"MatrixOperator takes shape (n, n); got {tuple(tensor.shape)}.")
+        if tensor.dtype.is_complex:
+            raise ArgumentTypeError(f"MatrixOperator takes a real matrix; got {tensor.dtype}.")
         if not tensor.dtype.is_floating_point:
             tensor = tensor.to(torch.float64)
         if not bool(torch.isfinite(tensor).all()):
@@ -212,8 +217,9 @@ class FunctionOperator(LinearOperator):
     Raises:
         ArgumentTypeError: `function` is not callable.
         InvalidArgumentError: `size` is below 1.
+        DeviceError: there is no such device.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> double = fm.FunctionOperator(lambda v: 2 * v, 3)
         >>> double @ torch.tensor([1.0, 2.0, 3.0])
@@ -235,12 +241,12 @@ class FunctionOperator(LinearOperator):
         if not dtype.is_floating_point:
             raise InvalidArgumentError(f"FunctionOperator needs a floating dtype; got {dtype}.")
         check_integer("FunctionOperator", "size", size, low=1)
-        super().__init__(size, dtype, torch.empty(0, device=device).device)
+        super().__init__(size, dtype, check_device("FunctionOperator", device))
         self.function = function
 
     def _products(self, vectors: Tensor) -> Tensor:
-        rows = []
-        for vector in vectors:
+        products = torch.empty_like(vectors)
+        for vector, out in zip(vectors, products, strict=True):
             product = self.function(vector.clone())
             if not isinstance(product, Tensor) or product.shape != vector.shape:
                 got = tuple(product.shape) if isinstance(product, Tensor) else type(product)
@@ -253,15 +259,16 @@ class FunctionOperator(LinearOperator):
                     f"The function of a FunctionOperator works on {self.device}; its product lies "
                     f"on {product.device}."
                 )
-            rows.append(product.detach().to(self.dtype))
-        return torch.stack(rows)
+            # Copied at once: the function may write its next product into the same tensor.
+            out.copy_(product.detach())
+        return products
 
 
 class HessianOperator(LinearOperator):
     """H = ∇²L(θ), by exact products over the whole data set.
 
-    A product costs two to three and a half gradients. `matmat` reads each batch once and builds
-    the graph of its gradient once for all columns.
+    Counting operations, a product costs three gradients: the gradient with its graph, and twice as
+    much to differentiate it. `matmat` reads each batch and builds that graph once for all columns.
 
     Args:
         objective: what is differentiated twice, at the model's present parameters.
@@ -272,7 +279,7 @@ class HessianOperator(LinearOperator):
     Raises:
         NonFiniteError: from a product, when the loss of a batch is not finite.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,10 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from .comparison import Comparison
 from .eigen.result import EigenResult
 from .errors import ArgumentTypeError
 from .landscape.interpolation import Interpolation
-from .report import Comparison, SharpnessReport
+from .measures.random_sharpness import RandomSharpnessResult
+from .report import SharpnessReport
 from .results import Result
 
 __all__ = ["plot"]
@@ -30,8 +33,8 @@ def plot(result: Result, ax: Axes | None = None) -> Axes:
 
     An `Interpolation` is drawn as in Keskar et al. (2017): the loss on a logarithmic axis at the
     left, metrics at the right, the objective's own data solid and others dashed, the two models
-    marked. An `EigenResult`, a `SharpnessReport` and a `Comparison` are drawn as points and bars
-    with their errors.
+    marked. An `EigenResult`, a `RandomSharpnessResult`, a `SharpnessReport` and a `Comparison`
+    are drawn as points and bars with their errors.
 
     Args:
         result: what to draw.
@@ -44,7 +47,7 @@ def plot(result: Result, ax: Axes | None = None) -> Axes:
     Raises:
         ArgumentTypeError: there is no picture for this kind of object.
 
-    Example:
+    Examples:
         >>> import matplotlib, torch, flatminima as fm
         >>> matplotlib.use("Agg")
         >>> result = fm.lanczos(fm.MatrixOperator(torch.diag(torch.arange(1.0, 9.0))), k=3)
@@ -68,8 +71,8 @@ def _axis(ax: Axes | None, width: float, height: float) -> Axes:
 @functools.singledispatch
 def _draw(result: Any, ax: Axes | None) -> Axes:  # noqa: ARG001
     raise ArgumentTypeError(
-        f"plot draws an Interpolation, an EigenResult, a SharpnessReport or a Comparison; got "
-        f"{type(result).__name__}."
+        "plot draws an Interpolation, an EigenResult, a RandomSharpnessResult, a SharpnessReport "
+        f"or a Comparison; got {type(result).__name__}."
     )
 
 
@@ -81,7 +84,7 @@ def _(result: Interpolation, ax: Axes | None) -> Axes:
     names = list(dict.fromkeys(m for c in result.curves.values() for m in c.metrics))
     right = left.twinx() if names else None
     handles = []
-    positive = all(v > 0 for c in result.curves.values() for v in c.loss if math.isfinite(v))
+    finite = [v for c in result.curves.values() for v in c.loss if math.isfinite(v)]
     for style, (label, curve) in zip(STYLES * 9, result.curves.items(), strict=False):
         losses = _finite(curve.loss)[order]
         handles += left.plot(
@@ -106,7 +109,7 @@ def _(result: Interpolation, ax: Axes | None) -> Axes:
             fontsize="small",
         )
     left.set_xlabel("α")
-    left.set_yscale("log" if positive else "linear")
+    left.set_yscale("log" if finite and min(finite) > 0 else "linear")
     left.set_ylabel("loss", color=BLUE)
     left.tick_params(axis="y", labelcolor=BLUE)
     if right is not None:
@@ -126,7 +129,7 @@ def _(result: Interpolation, ax: Axes | None) -> Axes:
     return left
 
 
-def _finite(values: tuple[float, ...]) -> Any:
+def _finite(values: Sequence[float]) -> Any:
     """Values as an array in which what is not finite leaves a gap."""
     array = np.array(values, dtype=float)
     return np.where(np.isfinite(array), array, np.nan)
@@ -173,19 +176,42 @@ def _(result: EigenResult, ax: Axes | None) -> Axes:
 
 
 @_draw.register
+def _(result: RandomSharpnessResult, ax: Axes | None) -> Axes:
+    axis = _axis(ax, 6.0, 1.0 + 0.28 * len(result.tensors))
+    places = np.arange(len(result.tensors))
+    largest = _finite([t.value for t in result.tensors])
+    axis.barh(places, largest, color=BLUE, height=0.6, label="largest")
+    axis.errorbar(
+        _finite([t.mean for t in result.tensors]),
+        places,
+        xerr=_finite([t.standard_deviation for t in result.tensors]),
+        fmt="o",
+        color=VERMILLION,
+        markersize=3,
+        capsize=2,
+        label="mean ± std",
+    )
+    axis.set_yticks(places, [t.name for t in result.tensors], fontsize="small")
+    axis.invert_yaxis()
+    axis.set_xlabel(f"|L(θ + δ) − L(θ)| / ε, ε = {result.epsilon:g}, {result.samples} samples")
+    axis.legend(frameon=False, fontsize="small")
+    return axis
+
+
+@_draw.register
 def _(result: SharpnessReport, ax: Axes | None) -> Axes:
     lines = result.measurements()
     axis = _axis(ax, 7.0, 0.8 + 0.32 * len(lines))
-    values = [line.value for line in lines]
-    errors = [line.error or 0.0 for line in lines]
-    colors = [BLUE if v >= 0 else VERMILLION for v in values]
+    values = _finite([line.value for line in lines])
+    errors = _finite([line.error or 0.0 for line in lines])
+    colors = [VERMILLION if v < 0 else BLUE for v in values]
     places = np.arange(len(lines))
     # Measures have units of their own: sizes on a logarithmic axis, the sign in the colour.
     sizes = np.abs(values)
     low = np.minimum(errors, sizes * (1 - 1e-9))
     axis.barh(places, sizes, color=colors, xerr=[low, errors], ecolor=GREY, height=0.6)
     axis.set_xscale("log")
-    labels = [line.name if line.value >= 0 else f"−({line.name})" for line in lines]
+    labels = [f"−({line.name})" if line.value < 0 else line.name for line in lines]
     axis.set_yticks(places, labels, fontsize="small")
     axis.invert_yaxis()
     axis.set_xlabel("value (each measure in its own unit)")
@@ -201,7 +227,7 @@ def _(result: Comparison, ax: Axes | None) -> Axes:
     shown = [
         (i, name)
         for i, name in enumerate(result.measures)
-        if all(result.ratio_of_means[label][i] > 0 for label in result.labels)
+        if all(0 < result.ratio_of_means[label][i] < math.inf for label in result.labels)
     ]
     axis = _axis(ax, 7.0, 1.2 + 0.36 * len(shown))
     places = np.arange(len(shown))

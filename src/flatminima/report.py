@@ -1,11 +1,9 @@
-"""The one-call face: `sharpness()` measures a model, `compare()` sets reports side by side."""
+"""The one-call face: `sharpness()` measures a model."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 from .checks import check_choice, check_integer
 from .eigen.lanczos import lanczos
 from .eigen.result import EigenResult
-from .errors import ArgumentTypeError, InvalidArgumentError
 from .estimators.trace import TraceResult, trace
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, random_sharpness
@@ -22,10 +19,10 @@ from .objective import Objective
 from .operators import HessianOperator
 from .progress import progress_bar
 from .randomness import Seed
-from .results import Result, Table, format_number
+from .results import Outcome, Result, Table, format_number
 from .vectors import Selection
 
-__all__ = ["MEASURES", "Comparison", "Measurement", "SharpnessReport", "compare", "sharpness"]
+__all__ = ["MEASURES", "Measurement", "SharpnessReport", "sharpness"]
 
 MEASURES = ("gradient_norm", "epsilon_sharpness", "random_sharpness", "eigenvalues", "trace")
 EPSILONS = (1e-3, 5e-4)
@@ -41,15 +38,25 @@ class Measurement(Result):
         value: the number.
         error: its uncertainty, where it has one.
         error_kind: what `error` is: "residual", "standard error", "rounding" or "".
-        diagnosis: how the computation ended.
+        outcome: how the computation ended; None for a plain evaluation.
         cost: what it took.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["gradient_norm"])
+        >>> [(line.name, line.value) for line in report.measurements()][0]
+        ('loss L(θ)', 1.0)
     """
 
     name: str
     value: float
     error: float | None
     error_kind: str
-    diagnosis: str
+    outcome: Outcome | None
     cost: str
 
     def _table(self) -> Table:
@@ -61,7 +68,8 @@ _REPORT_HEADER = ("measure", "value", "± error", "diagnosis", "cost")
 
 def _report_row(line: Measurement) -> tuple[str, ...]:
     error = "" if line.error is None else f"{format_number(line.error, 2)} ({line.error_kind})"
-    return (line.name, format_number(line.value), error, line.diagnosis, line.cost)
+    diagnosis = "" if line.outcome is None else line.outcome.brief
+    return (line.name, format_number(line.value), error, diagnosis, line.cost)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -81,6 +89,16 @@ class SharpnessReport(Result):
         smallest: the smallest (most negative) eigenvalue, likewise.
         trace: of the Hessian.
         notes: what a reader should know about how it was measured.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["trace"])
+        >>> report.trace.value  # of 2 XᵀX / N
+        2.0
     """
 
     model: str
@@ -98,16 +116,16 @@ class SharpnessReport(Result):
 
     def measurements(self) -> tuple[Measurement, ...]:
         """Every number of the report as a line of its own."""
-        lines = [Measurement("loss L(θ)", self.loss, None, "", "", "1 loss")]
+        lines = [Measurement("loss L(θ)", self.loss, None, "", None, "1 loss")]
         if self.gradient_norm is not None:
             lines.append(
-                Measurement("gradient norm ‖∇L‖", self.gradient_norm, None, "", "", "1 gradient")
+                Measurement("gradient norm ‖∇L‖", self.gradient_norm, None, "", None, "1 gradient")
             )
         for result in self.epsilon_sharpness:
             where = "full space" if result.subspace is None else f"subspace {result.subspace}"
             name = f"ε-sharpness φ (%), ε = {result.epsilon:g}, {where}"
             cost = f"{result.evaluations} gradients"
-            lines.append(Measurement(name, result.value, None, "", result.outcome.brief, cost))
+            lines.append(Measurement(name, result.value, None, "", result.outcome, cost))
         if self.random_sharpness is not None:
             shaken = self.random_sharpness
             lines.append(
@@ -116,7 +134,7 @@ class SharpnessReport(Result):
                     shaken.value,
                     shaken.resolution,
                     "rounding",
-                    shaken.outcome.brief,
+                    shaken.outcome,
                     f"{shaken.evaluations} losses",
                 )
             )
@@ -132,7 +150,7 @@ class SharpnessReport(Result):
                     found.value,
                     found.standard_error,
                     "standard error",
-                    found.outcome.brief,
+                    found.outcome,
                     f"{found.products} products",
                 )
             )
@@ -154,7 +172,7 @@ def _eigen_lines(result: EigenResult, name: str) -> list[Measurement]:
     for i, (value, residual) in enumerate(pairs, start=1):
         cost = f"{result.products} products" if i == 1 else ""
         label = name.format(str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")))
-        lines.append(Measurement(label, value, residual, "residual", result.outcome.brief, cost))
+        lines.append(Measurement(label, value, residual, "residual", result.outcome, cost))
     return lines
 
 
@@ -194,13 +212,13 @@ def sharpness(
         eigenvalues: how many of the largest.
         trace_products: samples for the trace.
         samples: random perturbations of each parameter tensor.
-        params: as in `Objective`.
-        weight: as in `Objective`.
-        mode: as in `Objective`.
-        device: as in `Objective`.
-        cache: as in `Objective`.
-        batch_loss: as in `Objective`.
-        batch_size: as in `Objective`.
+        params: as in [`Objective`][flatminima.Objective].
+        weight: as in [`Objective`][flatminima.Objective].
+        mode: as in [`Objective`][flatminima.Objective].
+        device: as in [`Objective`][flatminima.Objective].
+        cache: as in [`Objective`][flatminima.Objective].
+        batch_loss: as in [`Objective`][flatminima.Objective].
+        batch_size: as in [`Objective`][flatminima.Objective].
         seed: of everything random; each measure starts from it anew, so that a subset of the
             measures gives the same numbers.
         progress: show bars for what takes long.
@@ -210,12 +228,12 @@ def sharpness(
 
     Raises:
         InvalidArgumentError: an unknown measure (with the closest name), or bad counts.
-        FlatMinimaError: whatever `Objective` refuses.
+        FlatMinimaError: whatever [`Objective`][flatminima.Objective] refuses.
 
     Warns:
         ConvergenceWarning: eigenvalues did not converge; the report says how far they came.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from flatminima import sharpness
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -316,131 +334,3 @@ def _notes(model: nn.Module, mode: str) -> tuple[str, ...]:
         return ()
     ways = {"dropout": "dropout off", "batch norm": "batch norm with its running statistics"}
     return ("Evaluation mode: " + " and ".join(ways[n] for n in found) + ".",)
-
-
-# ------------------------------------------------------------------------------------ comparing
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Result):
-    """Several models measured alike, side by side.
-
-    Attributes:
-        labels: of the models; the ratios are to the first.
-        measures: the names of the measurements that all reports share.
-        values: for each label, for each measure, the values of all its reports (one for each
-            seed).
-        ratio_of_means: for each label, for each measure: its mean over the first label's.
-    """
-
-    labels: tuple[str, ...]
-    measures: tuple[str, ...]
-    values: dict[str, tuple[tuple[float, ...], ...]]
-    ratio_of_means: dict[str, tuple[float, ...]]
-
-    def mean(self, label: str, measure: str) -> float:
-        """Mean over the reports (seeds) of one label."""
-        return statistics.fmean(self._reports(label, measure))
-
-    def standard_deviation(self, label: str, measure: str) -> float:
-        """Over the reports (seeds) of one label, n − 1 in the denominator; NaN for one."""
-        values = self._reports(label, measure)
-        return statistics.stdev(values) if len(values) > 1 else math.nan
-
-    def _table(self) -> Table:
-        header = ["measure", *self.labels]
-        header += [f"{label} / {self.labels[0]}" for label in self.labels[1:]]
-        rows = []
-        for i, measure in enumerate(self.measures):
-            cells = [_mean_and_spread(self.values[label][i]) for label in self.labels]
-            ratios = [format_number(self.ratio_of_means[n][i], 3) for n in self.labels[1:]]
-            rows.append((measure, *cells, *ratios))
-        count = max(len(self.values[label][0]) for label in self.labels)
-        notes = (f"Mean ± standard deviation over {count} seeds.",) if count > 1 else ()
-        return Table(tuple(header), tuple(rows), notes=notes)
-
-    def _reports(self, label: str, measure: str) -> tuple[float, ...]:
-        for argument, name, known in (
-            ("label", label, self.labels),
-            ("measure", measure, self.measures),
-        ):
-            check_choice("Comparison", argument, name, known)
-        return self.values[label][self.measures.index(measure)]
-
-
-def _mean_and_spread(values: Sequence[float]) -> str:
-    mean = format_number(statistics.fmean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {format_number(statistics.stdev(values), 2)}"
-
-
-def compare(reports: Mapping[str, SharpnessReport | Sequence[SharpnessReport]]) -> Comparison:
-    """Reports side by side, with the ratios to the first.
-
-    Args:
-        reports: by label, one report or several (of the same training with other seeds), which
-            then appear as mean ± standard deviation.
-
-    Returns:
-        A table of the measurements that all reports share.
-
-    Raises:
-        InvalidArgumentError: fewer than two labels, an empty list, or nothing in common.
-        ArgumentTypeError: something that is not a report.
-
-    Example:
-        >>> import torch, flatminima as fm
-        >>> x, y = torch.eye(2), torch.zeros(2, 1)
-        >>> reports = {}
-        >>> for name, size in {"small": 1.0, "large": 2.0}.items():
-        ...     model = torch.nn.Linear(2, 1, bias=False)
-        ...     _ = torch.nn.init.constant_(model.weight, size)
-        ...     reports[name] = fm.sharpness(
-        ...         model, torch.nn.MSELoss(), (x, y), measures=["gradient_norm"]
-        ...     )
-        >>> print(fm.compare(reports))
-        measure             small  large  large / small
-        ──────────────────  ─────  ─────  ─────────────
-        loss L(θ)               1      4              4
-        gradient norm ‖∇L‖  1.414  2.828              2
-    """
-    if not isinstance(reports, Mapping):
-        raise ArgumentTypeError(
-            'compare takes a mapping such as {"small batch": report, "large batch": report}; got '
-            f"{type(reports).__name__}."
-        )
-    if len(reports) < 2:
-        raise InvalidArgumentError(f"compare needs two reports at least; got {len(reports)}.")
-    series: dict[str, list[SharpnessReport]] = {}
-    for label, given in reports.items():
-        several = [given] if isinstance(given, SharpnessReport) else list(given)
-        if not several:
-            raise InvalidArgumentError(f"compare got an empty list for {label!r}.")
-        for report in several:
-            if not isinstance(report, SharpnessReport):
-                raise ArgumentTypeError(
-                    f"compare takes reports of sharpness(); {label!r} holds a "
-                    f"{type(report).__name__}."
-                )
-        series[str(label)] = several
-    numbers = {
-        label: [{m.name: m.value for m in report.measurements()} for report in several]
-        for label, several in series.items()
-    }
-    every = [report for several in numbers.values() for report in several]
-    shared = [name for name in every[0] if all(name in report for report in every)]
-    values = {
-        label: tuple(tuple(report[name] for report in several) for name in shared)
-        for label, several in numbers.items()
-    }
-    labels = tuple(values)
-    base = [statistics.fmean(v) for v in values[labels[0]]]
-    ratios = {
-        label: tuple(
-            statistics.fmean(v) / b if b else math.nan
-            for v, b in zip(values[label], base, strict=True)
-        )
-        for label in labels
-    }
-    return Comparison(labels, tuple(shared), values, ratios)

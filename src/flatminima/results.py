@@ -29,7 +29,7 @@ _REGISTRY: dict[str, type[Result]] = {}
 class Outcome(enum.Enum):
     """How a computation ended; the value is the sentence to read.
 
-    Example:
+    Examples:
         >>> import flatminima as fm
         >>> fm.Outcome.CONVERGED.value
         'Converged: every residual is within the tolerance.'
@@ -38,7 +38,7 @@ class Outcome(enum.Enum):
     COMPLETED = "Completed: everything asked for was evaluated."
     CONVERGED = "Converged: every residual is within the tolerance."
     PRODUCT_LIMIT = (
-        "Not converged: the product limit was reached with residuals above the tolerance."
+        "Not converged: the product limit was reached before every pair was found to the tolerance."
     )
     ITERATION_LIMIT = (
         "Stopped after the given number of iterations, as the metric prescribes; "
@@ -51,6 +51,16 @@ class Outcome(enum.Enum):
         "The differences are within the rounding error of the loss; use float64 or a larger step."
     )
     NON_FINITE_POINTS = "Completed; the loss is infinite or NaN at some points."
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the number should not be used as it is."""
+        return self in (
+            Outcome.PRODUCT_LIMIT,
+            Outcome.UNBOUNDED,
+            Outcome.BELOW_ROUNDING,
+            Outcome.NON_FINITE_POINTS,
+        )
 
     @property
     def brief(self) -> str:
@@ -67,7 +77,7 @@ class Outcome(enum.Enum):
 def format_number(value: float | None, digits: int = 4) -> str:
     """`value` with `digits` significant digits, as people write it.
 
-    Example:
+    Examples:
         >>> format_number(0.00012345), format_number(1234567.0), format_number(2.5)
         ('1.234e-04', '1.235e+06', '2.5')
     """
@@ -82,7 +92,16 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text under a header, for a terminal and for a notebook."""
+    """Rows of text under a header, for a terminal and for a notebook.
+
+    Examples:
+        >>> import flatminima as fm
+        >>> print(fm.Table(("name", "value"), (("a", "1"), ("b", "12"))).to_text())
+        name  value
+        ────  ─────
+        a         1
+        b        12
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -146,7 +165,7 @@ class Result:
     Two results are equal when every field is, NaN equal to NaN and tensors bit for bit, so
     `a == b` is the test that a repetition gave the same numbers.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> result = fm.lanczos(fm.MatrixOperator(torch.diag(torch.tensor([3.0, 1.0]))), k=1)
         >>> fm.EigenResult.from_json(result.to_json()) == result
@@ -157,6 +176,12 @@ class Result:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = _REGISTRY.setdefault(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise TypeError(
+                f"A Result named {cls.__name__!r} exists in {known.__module__}; names must differ, "
+                "because saved results are found by them."
+            )
         _REGISTRY[cls.__name__] = cls
 
     def table(self) -> Table:
@@ -224,7 +249,17 @@ class Result:
         missing = [n for n in names if n not in data]
         if missing:
             raise InvalidArgumentError(f"{name} data without {', '.join(missing)}.")
-        return kind(**{n: _decode(data[n], hints[n]) for n in names})
+        fields = {}
+        for field in names:
+            try:
+                fields[field] = _decode(data[field], hints[field])
+            except InvalidArgumentError:
+                raise
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise InvalidArgumentError(
+                    f"{name} data whose {field!r} cannot be read: {str(data[field])[:80]!r}."
+                ) from error
+        return kind(**fields)
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
@@ -270,6 +305,8 @@ def _decode_tensor(value: Any) -> torch.Tensor:
         return torch.tensor([float(v) for v in value], dtype=torch.float64)
     raw = np.frombuffer(base64.b64decode(value["base64"]), dtype=np.uint8).copy()
     dtype = getattr(torch, value["dtype"])
+    if raw.size == 0:  # no bytes, which view() refuses
+        return torch.empty(value["shape"], dtype=dtype)
     return torch.from_numpy(raw).view(dtype).reshape(value["shape"])
 
 

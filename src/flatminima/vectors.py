@@ -57,7 +57,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
         if not chosen:
             raise ParameterSelectionError("The predicate given as params= selects no parameter.")
     else:
-        patterns = [params] if isinstance(params, str) else list(params)
+        several = isinstance(params, Iterable) and not isinstance(params, str)
+        patterns = list(params) if several else [params]
         picked: set[str] = set()
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -220,7 +221,7 @@ class GaussianSubspace:
         seed: Seed,
         dtype: torch.dtype,
         device: torch.device,
-        budget: int = 2**28,
+        budget: int = 2**29,
     ) -> None:
         self.size, self.dimension, self.dtype, self.device = size, dimension, dtype, device
         generator = as_generator(seed, device)

@@ -72,7 +72,7 @@ def lanczos(
     Warns:
         ConvergenceWarning: the limit was reached; the result says how far it came.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> operator = fm.MatrixOperator(torch.diag(torch.arange(100.0)))
         >>> result = fm.lanczos(operator, k=2, tol=1e-5)
@@ -138,19 +138,24 @@ class _Solver:
         self.probe_steps = max(6, math.ceil(-2 * math.log10(tol)))
 
     def run(self, bar: Any) -> EigenResult:
-        while len(self.values) < self.n and self.products < self.limit:
+        certain = False
+        """Whether a search for missed pairs has ended with none."""
+        while not certain and self.products < self.limit:
             start = self._residual_start(bar)
             complete = len(self.values) == self.k and start is None
             if start is None:
                 start = self._random_start()
             if start is None or self.products >= self.limit:
+                certain = start is None
                 break
-            ritz = self._chain(start, bar, minimum=self.probe_steps if complete else 1)
+            ritz, ended = self._chain(start, bar, minimum=self.probe_steps if complete else 1)
             values = ritz.values[ritz.wanted]
             if complete and np.abs(values - self.values).max() <= self.tol * self.largest:
-                break
-            self._lock(ritz)
-        converged = len(self.values) == self.k and not self._late(self.residuals)
+                certain = ended
+            else:
+                self._lock(ritz)
+                certain = len(self.values) == self.n
+        converged = certain and len(self.values) == self.k and not self._late(self.residuals)
         return EigenResult(
             eigenvalues=torch.as_tensor(self.values),
             eigenvectors=self.basis[: len(self.values)].clone().T,
@@ -173,6 +178,8 @@ class _Solver:
             error = self._product(vector) - float(self.values[i]) * vector
             bar.update()
             norm = float(torch.linalg.vector_norm(error))
+            if not math.isfinite(norm):
+                raise self._not_finite()
             self.residuals[i] = norm
             if self._late(self.residuals[i : i + 1]):
                 start = self._unit_complement(error / norm)
@@ -196,10 +203,10 @@ class _Solver:
 
     # ----------------------------------------------------------------------------------- chain
 
-    def _chain(self, start: Tensor, bar: Any, *, minimum: int) -> _Ritz:
+    def _chain(self, start: Tensor, bar: Any, *, minimum: int) -> tuple[_Ritz, bool]:
         """Lanczos from `start`, orthogonal to the locked vectors, until what is wanted converged.
 
-        It ends early on an invariant space and at the product limit.
+        It ends early on an invariant space, and at the product limit, which is then told by False.
         """
         first = len(self.values)
         capacity = len(self.basis) - first
@@ -219,9 +226,7 @@ class _Solver:
             # The only transfer of the step.
             numbers = torch.cat([heights + correction, norm]).cpu().double().numpy()
             if not np.isfinite(numbers).all():
-                raise NonFiniteError(
-                    f"Product number {self.products} with {self.operator!r} holds NaN or infinity."
-                )
+                raise self._not_finite()
             column, beta = numbers[first:-1], float(numbers[-1])
             coupling[:, size] = numbers[:first]
             projected[: size + 1, size] = projected[size, : size + 1] = column
@@ -235,8 +240,9 @@ class _Solver:
             bar.set_postfix_str(f"largest residual {worst.max():.1e}", refresh=False)
             bar.update()
             converged = len(worst) == self.k and not self._late(worst)
-            if (converged and steps >= minimum) or exhausted or self.products >= self.limit:
-                return ritz
+            ended = (converged and steps >= minimum) or exhausted
+            if ended or self.products >= self.limit:
+                return ritz, ended
             expected = np.zeros(size)
             expected[-1] = beta
             if size == capacity:
@@ -258,6 +264,11 @@ class _Solver:
         """As `matvec` without its checks: NaN is found with the step's own transfer."""
         self.products += 1
         return self.operator._products(vector.unsqueeze(0))[0]
+
+    def _not_finite(self) -> NonFiniteError:
+        return NonFiniteError(
+            f"Product number {self.products} with {self.operator!r} holds NaN or infinity."
+        )
 
     def _check_symmetry(self, gaps: Floats, scale: float) -> None:
         scale = max(scale, self.largest)

@@ -54,9 +54,9 @@ def power_iteration(
 
     Warns:
         ConvergenceWarning: the limit was reached; the result says how far it came. Two
-        eigenvalues of equal size and opposite sign never converge.
+            eigenvalues of equal size and opposite sign never converge.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([2, -5, 1])))
         >>> result = fm.power_iteration(operator, k=2, tol=1e-6)

@@ -30,7 +30,7 @@ class EigenResult(Result):
         tol: the tolerance that was asked for, relative to the largest |Ritz value|.
         method: the name of the solver.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([4, -7, 1])))
         >>> print(fm.lanczos(operator, k=2, which="LM", tol=1e-6))
@@ -96,11 +96,20 @@ def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> Eig
     if result.converged:
         return result
     late = int((result.residuals > bound).sum())
-    message = (
-        f"{call}: {late} of {len(result.eigenvalues)} eigenpairs did not converge within "
-        f"{result.products} products; the largest residual is {float(result.residuals.max()):.2e}, "
-        f"the tolerance {bound:.2e}. Raise max_products or tol, or ask for fewer pairs."
+    worst = (
+        f"the largest residual is {float(result.residuals.max()):.2e}, the tolerance {bound:.2e}"
     )
+    if late:
+        message = (
+            f"{call}: {late} of {len(result.eigenvalues)} eigenpairs did not converge within "
+            f"{result.products} products; {worst}. Raise max_products or tol, or ask for fewer "
+            "pairs."
+        )
+    else:
+        message = (
+            f"{call}: the limit of products came, after {result.products}, before the search for "
+            f"pairs that may have been missed had ended; {worst}. Raise max_products."
+        )
     if strict:
         raise ConvergenceError(message, result)
     warnings.warn(message, ConvergenceWarning, stacklevel=3)

@@ -29,6 +29,12 @@ class TraceResult(Result):
         size: n; the mean eigenvalue is `value / size`.
         products: with the operator, one for each sample.
         outcome: completed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> result = fm.trace(fm.MatrixOperator(torch.eye(3)), products=5)
+        >>> result.value, result.standard_error, result.products
+        (3.0, 0.0, 5)
     """
 
     value: float
@@ -77,7 +83,7 @@ def trace(
         InvalidArgumentError: fewer than two products.
         NonFiniteError: a product holds NaN or infinity.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> fm.trace(fm.MatrixOperator(torch.diag(torch.tensor([1.0, 2.0]))), products=4).value
         3.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice
-from ..errors import ArgumentTypeError, FlatMinimaWarning, InvalidArgumentError, StateMismatchError
+from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
 from ..objective import Metric, Objective, check_objective
 from ..progress import progress_bar
 from ..results import Outcome, Result, Table, format_number
@@ -23,6 +22,9 @@ __all__ = ["Curve", "Interpolation", "interpolate"]
 Endpoint = nn.Module | Mapping[str, Tensor] | Tensor
 State = dict[str, Tensor]
 
+VARIANCE = "running_var"
+"""How PyTorch's normalisation layers name a buffer that cannot be negative."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Curve(Result):
@@ -31,6 +33,16 @@ class Curve(Result):
     Attributes:
         loss: L at each α.
         metrics: by name, each metric at each α.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> line = fm.interpolate(objective, torch.zeros(2), torch.ones(2), alphas=[0, 1])
+        >>> line.curves["train"].loss
+        (0.0, 1.0)
     """
 
     loss: tuple[float, ...]
@@ -57,7 +69,21 @@ class Interpolation(Result):
         buffers: "interpolate" or "keep".
         evaluations: passes over a data set.
         outcome: completed, or completed with values that are not finite.
-        notes: what was done to make a point possible.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> fm.interpolate(objective, torch.zeros(2), torch.ones(2), alphas=[0, 1])
+        Linear interpolation, start at α = 0, end at α = 1
+        α  train loss
+        ─  ──────────
+        0           0
+        1           1
+        Note: Completed: everything asked for was evaluated.
     """
 
     alphas: tuple[float, ...]
@@ -108,8 +134,8 @@ def interpolate(
 
     The curvilinear path is cos(απ/2) start + sin(απ/2) end. All parameters and floating-point
     buffers (the statistics of batch norm) are interpolated, as in the authors' own script, which
-    mixes whole state dicts. An extrapolated running variance below zero, of which no batch norm
-    could take the root, is set to zero, with a warning and a note in the result.
+    mixes whole state dicts. Outside [0, 1], where a coefficient is negative and would make running
+    variances negative, they are mixed with the absolute values of the coefficients.
 
     Args:
         objective: the loss and data; its model gives the architecture and stays as it is.
@@ -131,10 +157,7 @@ def interpolate(
         StateMismatchError: the endpoints do not have the model's tensors; it says which.
         InvalidArgumentError: no points, points that are not finite, an unknown path.
 
-    Warns:
-        FlatMinimaWarning: running variances were extrapolated below zero.
-
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> data = torch.ones(1, 1), torch.zeros(1, 1)
@@ -168,15 +191,11 @@ def interpolate(
     values: dict[str, dict[str, list[float]]] = {
         name: {m: [] for m in metrics or {}} for name in objectives
     }
-    clamped: dict[float, int] = {}
     total = len(points) * len(objectives)
     with progress_bar("interpolation", total=total, unit="pass", show=progress) as bar:
         for alpha in points:
             state = _mixture(first, last, alpha, path, mixed)
             state |= {name: frozen[name] for name in held if name in frozen}
-            lost = _clamp_variances(state)
-            if lost:
-                clamped[alpha] = lost
             for name, each in objectives.items():
                 loss, measured = each.evaluate_state(state, metrics)
                 losses[name].append(loss)
@@ -195,8 +214,17 @@ def interpolate(
         buffers=buffers,
         evaluations=total,
         outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
-        notes=_variance_notes(clamped),
+        notes=_notes(mixed, points),
     )
+
+
+def _notes(mixed: set[str], points: tuple[float, ...]) -> tuple[str, ...]:
+    if any(n.endswith(VARIANCE) for n in mixed) and (min(points) < 0 or max(points) > 1):
+        return (
+            "Outside [0, 1] the running variances of batch norm are mixed with the absolute "
+            "values of the coefficients.",
+        )
+    return ()
 
 
 def _points(alphas: Sequence[float] | Tensor | None) -> tuple[float, ...]:
@@ -286,38 +314,10 @@ def _mixture(first: State, last: State, alpha: float, path: str, mixed: set[str]
     state = {}
     for name, tensor in first.items():
         if name in mixed:
+            one, two = (abs(left), abs(right)) if name.endswith(VARIANCE) else (left, right)
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            point = left * tensor.to(wide) + right * last[name].to(wide)
+            point = one * tensor.to(wide) + two * last[name].to(wide)
             state[name] = point.to(tensor.dtype)
         else:
             state[name] = tensor
     return state
-
-
-def _clamp_variances(state: State) -> int:
-    """Set negative running variances to zero, in place; how many there were."""
-    count = 0
-    for name, tensor in state.items():
-        if name.endswith("running_var"):
-            negative = tensor < 0
-            lost = int(negative.sum())
-            if lost:
-                count += lost
-                state[name] = tensor.clamp(min=0)
-    return count
-
-
-def _variance_notes(clamped: dict[float, int]) -> tuple[str, ...]:
-    if not clamped:
-        return ()
-    where = ", ".join(f"{a:g}" for a in clamped)
-    note = (
-        f"Batch norm: up to {max(clamped.values())} extrapolated running variances were negative "
-        f"and set to zero at α = {where}."
-    )
-    warnings.warn(
-        note + ' buffers="keep" leaves the model\'s own statistics in place.',
-        FlatMinimaWarning,
-        stacklevel=3,
-    )
-    return (note,)

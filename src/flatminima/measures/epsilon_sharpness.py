@@ -33,6 +33,16 @@ class SharpnessResult(Result):
         evaluations: of loss and gradient that were made.
         outcome: why the maximisation stopped.
         displacement: θ* − θ of the maximum, shape (n,), when asked for.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> result = fm.epsilon_sharpness(objective)
+        >>> print(round(result.value, 3), result.outcome.brief)
+        0.2 stationary
     """
 
     value: float
@@ -78,15 +88,18 @@ def epsilon_sharpness(
     the full space A = I; in a random subspace A ∈ ℝ^{n×p} has independent N(0, 1) entries. The
     maximisation is inexact by definition: L-BFGS-B, stopped after 10 iterations. The paper says
     neither where it starts nor how the problem is scaled; here it starts from z = 0, in units of
-    the box (see `optimize.box`), and the value is that of the best point evaluated.
+    the box (see `optimize.box`). Where it ends in a local maximum before its iterations are used,
+    the rest of them starts from random corners of the box: near a minimum nearly every direction
+    leads upwards, and the first is not the steepest. The value is that of the best point evaluated.
 
     Args:
         objective: what is maximised.
         epsilon: size of the box; the paper takes 1e-3 and 5e-4.
         subspace: p, the dimension of a random subspace (the paper takes 100), or None for the
             full space.
-        iterations: of L-BFGS-B, for each start.
-        restarts: further starts from random corners of the box; the best point counts.
+        iterations: of L-BFGS-B, all starts together.
+        restarts: how many times more the same number of iterations, from random corners of the
+            box alone; the best point counts.
         seed: of the subspace and of the corners.
         return_displacement: keep the maximising displacement in the result.
         progress: show a bar if it takes long.
@@ -99,7 +112,7 @@ def epsilon_sharpness(
         InvalidArgumentError: ε ≤ 0, p outside [1, n], or 1 + L(θ) ≤ 0.
         NonFiniteError: L(θ) is NaN or infinite.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.zeros_(model.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,16 @@ class TensorSharpness(Result):
         name: of the parameter; "all" where all were perturbed at once.
         value: largest |L(θ + δ) − L(θ)| / ε over the samples.
         mean: over the samples.
-        standard_deviation: over the samples (n − 1 in the denominator).
+        standard_deviation: over the samples (n − 1 in the denominator); NaN for one.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> fm.random_sharpness(objective, samples=3).tensors[0].name
+        'weight'
     """
 
     name: str
@@ -45,7 +55,7 @@ class RandomSharpnessResult(Result):
     Attributes:
         value: the largest |L(θ + δ) − L(θ)| / ε of all tensors and samples.
         mean: over all of them.
-        standard_deviation: over all of them (n − 1 in the denominator).
+        standard_deviation: over all of them (n − 1 in the denominator); NaN for one.
         tensors: the same per parameter tensor, in the model's order.
         loss: L(θ).
         epsilon: ε.
@@ -55,6 +65,18 @@ class RandomSharpnessResult(Result):
         resolution: what rounding of the loss alone can add to a value.
         evaluations: of the loss.
         outcome: completed, or why the value should not be trusted.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> result = fm.random_sharpness(objective, samples=3)
+        >>> result.value == max(t.value for t in result.tensors)
+        True
+        >>> print(result.outcome.value)
+        Completed: everything asked for was evaluated.
     """
 
     value: float
@@ -123,7 +145,7 @@ def random_sharpness(
         InvalidArgumentError: ε ≤ 0, no samples, an unknown scope.
         NonFiniteError: L(θ) is NaN or infinite.
 
-    Example:
+    Examples:
         >>> import torch, flatminima as fm
         >>> model = torch.nn.Linear(2, 1)
         >>> x, y = torch.eye(2), torch.zeros(2, 1)
@@ -189,5 +211,5 @@ def random_sharpness(
 
 def _summary(name: str, values: NDArray[np.float64]) -> TensorSharpness:
     with np.errstate(invalid="ignore"):
-        spread = float(values.std(ddof=1)) if values.size > 1 else 0.0
+        spread = float(values.std(ddof=1)) if values.size > 1 else math.nan
         return TensorSharpness(name, float(values.max()), float(values.mean()), spread)

@@ -31,7 +31,7 @@ class BoxMaximum:
         point: (n,), within the box; zeros when nothing better than the centre was found.
         value: the function there.
         evaluations: how often value and gradient were computed, the centre included.
-        outcome: why it stopped.
+        outcome: why the start that found it stopped.
     """
 
     point: Tensor
@@ -59,14 +59,15 @@ def maximize_over_box(
     that makes its mean absolute gradient at the start 100: in the raw coordinates the solver's
     first step has the length of the gradient, which has nothing to do with the size of the box,
     and its stopping tests, which are absolute, end it at once near a minimum. Neither changes
-    the problem. When the gradient at the centre is zero, or nothing is gained from there, it
-    starts from a random corner.
+    the problem. Near a minimum the function is convex, and every corner that is reached can be a
+    local maximum, often after an iteration or two: what is left of the iterations then goes into
+    starts from random corners. Where the gradient at the centre is zero, the first start is one.
 
     Args:
         function: x (n,) → value and gradient (n,).
         half_width: h (n,), not negative.
-        iterations: of L-BFGS-B, for each start.
-        restarts: number of further starts, from random corners.
+        iterations: of L-BFGS-B, all starts together; a start takes one at least.
+        restarts: how many times more the same number of iterations, from random corners alone.
         seed: of those corners.
         on_evaluation: called with the best value after each evaluation.
     """
@@ -96,8 +97,9 @@ def maximize_over_box(
         downhill = (-scale * (gradient * half_width).double()).cpu().numpy()
         return -scale * value, downhill
 
-    def run(start: NDArray[np.float64]) -> Outcome:
-        options: Any = {"maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
+    def run(start: NDArray[np.float64], allowed: int) -> tuple[Outcome, int]:
+        """Why it stopped, and after how many iterations."""
+        options: Any = {"maxiter": allowed, "ftol": 0.0, "gtol": 0.0}
         try:
             found = minimize(
                 negated,
@@ -108,21 +110,27 @@ def maximize_over_box(
                 options=options,
             )
         except _NotFiniteError:
-            return Outcome.UNBOUNDED
-        return Outcome.ITERATION_LIMIT if found.nit >= iterations else Outcome.STATIONARY
+            return Outcome.UNBOUNDED, 1
+        stopped = Outcome.ITERATION_LIMIT if found.nit >= allowed else Outcome.STATIONARY
+        return stopped, max(1, int(found.nit))
 
     generator = as_generator(seed, half_width.device)
-    outcomes = []
-    if slope > 0:
-        outcomes.append(run(np.zeros(size)))
-    while len(outcomes) < 1 + restarts or (best_value <= start_value and len(outcomes) < 2):
-        signs = torch.randint(2, (size,), generator=generator, device=generator.device)
-        outcomes.append(run(2.0 * signs.double().cpu().numpy() - 1.0))
-    outcome = outcomes[-1]
-    if Outcome.UNBOUNDED in outcomes:
+    at_center = slope > 0
+    outcome, unbounded = Outcome.NO_ASCENT, False
+    for _ in range(1 + restarts):
+        left = iterations
+        while left > 0:
+            start = np.zeros(size)
+            if not at_center:
+                signs = torch.randint(2, (size,), generator=generator, device=generator.device)
+                start = 2.0 * signs.double().cpu().numpy() - 1.0
+            before = best_value
+            stopped, used = run(start, left)
+            left -= used
+            at_center = False
+            unbounded = unbounded or stopped is Outcome.UNBOUNDED
+            if best_value > before:
+                outcome = stopped
+    if unbounded:
         outcome = Outcome.UNBOUNDED
-    elif best_value <= start_value:
-        outcome = Outcome.NO_ASCENT
-    elif Outcome.ITERATION_LIMIT in outcomes:
-        outcome = Outcome.ITERATION_LIMIT
     return BoxMaximum(best_point, best_value, evaluations, outcome)

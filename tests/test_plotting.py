@@ -1,0 +1,411 @@
+"""Pictures: every result has one, on the axis that was given, and nothing is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from torch import nn
+
+import flatminima as fm
+from flatminima import plotting
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_shown(monkeypatch):
+    def shown(*arguments, **options):
+        raise AssertionError("plt.show was called")
+
+    plt.close("all")
+    monkeypatch.setattr(plt, "show", shown)
+    yield
+    plt.close("all")
+
+
+def interpolation(train=(3.0, 0.1, 1.0, 0.2, 4.0), test=None, metrics=None, alphas=None):
+    alphas = (-1.0, 0.0, 0.5, 1.0, 2.0)[: len(train)] if alphas is None else alphas
+    curves = {"train": fm.Curve(tuple(train), {k: tuple(v) for k, v in (metrics or {}).items()})}
+    if test is not None:
+        shifted = {k: tuple(x / 2 for x in v) for k, v in (metrics or {}).items()}
+        curves["test"] = fm.Curve(tuple(test), shifted)
+    return fm.Interpolation(
+        alphas=alphas,
+        curves=curves,
+        path="linear",
+        buffers="interpolate",
+        evaluations=5,
+        outcome=fm.Outcome.COMPLETED,
+    )
+
+
+ACCURACY = {"accuracy": [0.2, 0.9, 0.5, 0.95, 0.1]}
+PAPER = interpolation(test=(4.0, 0.5, 2.0, 0.6, 5.0), metrics=ACCURACY)
+
+MATRIX = fm.MatrixOperator(torch.diag(torch.tensor([5.0, -3.0, 1.0, 0.5])))
+EIGEN = fm.lanczos(MATRIX, k=3, which="LM", tol=1e-5)
+
+MODEL = nn.Linear(3, 2)
+for parameter in MODEL.parameters():
+    nn.init.constant_(parameter, 0.5)
+DATA = torch.arange(12.0).reshape(4, 3) / 10, torch.ones(4, 2)
+OBJECTIVE = fm.Objective(MODEL, nn.MSELoss(), DATA)
+REPORT = fm.sharpness(MODEL, nn.MSELoss(), DATA, trace_products=4)
+SHAKEN = fm.random_sharpness(OBJECTIVE, samples=3)
+COMPARISON = fm.compare({"small": REPORT, "large": REPORT, "other": REPORT})
+
+RESULTS = {
+    "interpolation": interpolation(),
+    "the paper's figure": PAPER,
+    "eigenpairs": EIGEN,
+    "random sharpness": SHAKEN,
+    "report": REPORT,
+    "comparison": COMPARISON,
+}
+
+every = pytest.mark.parametrize("name", RESULTS)
+
+
+def drawn(result, ax=None) -> Axes:
+    """The picture, rendered, so that warnings of the rendering count."""
+    axis = fm.plot(result, ax=ax)
+    axis.figure.canvas.draw()
+    return axis
+
+
+def right_axis(axis: Axes) -> Axes | None:
+    others = [a for a in axis.figure.axes if a is not axis and a.bbox.bounds == axis.bbox.bounds]
+    return others[0] if others else None
+
+
+def curve(axis: Axes, label: str):
+    (line,) = [line for line in axis.get_lines() if line.get_label() == label]
+    return line
+
+
+# ------------------------------------------------------------------------------ every result
+
+
+@every
+def test_a_new_figure_is_made_and_its_axis_returned(name):
+    axis = drawn(RESULTS[name])
+    assert isinstance(axis, Axes)
+    assert plt.get_fignums() == [axis.figure.number]
+    assert axis.has_data()
+
+
+@every
+def test_given_axis_is_used(name):
+    figure, (first, second) = plt.subplots(1, 2)
+    assert drawn(RESULTS[name], ax=second) is second
+    assert plt.get_fignums() == [figure.number]
+    assert second.has_data()
+    assert not first.has_data()
+
+
+@every
+def test_axes_say_what_they_show(name):
+    axis = drawn(RESULTS[name])
+    assert axis.get_xlabel()
+    assert axis.get_ylabel() or [t.get_text() for t in axis.get_yticklabels() if t.get_text()]
+
+
+@every
+def test_result_is_not_changed_by_drawing_it(name):
+    before = RESULTS[name].to_json()
+    drawn(RESULTS[name])
+    assert RESULTS[name].to_json() == before
+
+
+@every
+def test_picture_of_a_result_read_back_from_json(name):
+    result = RESULTS[name]
+    assert drawn(fm.Result.from_json(result.to_json())).has_data()
+
+
+@pytest.mark.parametrize(
+    "thing", [None, 3, [1.0, 2.0], EIGEN.eigenvalues, fm.trace(MATRIX, products=2), "report"]
+)
+def test_something_without_a_picture_is_refused_by_name(thing):
+    with pytest.raises(fm.ArgumentTypeError, match=f"plot draws .*got {type(thing).__name__}"):
+        fm.plot(thing)
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("ax", [3, "axis", (1, 2)])
+def test_something_that_is_no_axis_is_refused(ax):
+    with pytest.raises(fm.ArgumentTypeError, match="'ax' argument of plot must be a matplotlib"):
+        fm.plot(EIGEN, ax=ax)
+
+
+def test_figure_in_place_of_an_axis_is_refused():
+    with pytest.raises(fm.ArgumentTypeError, match="got Figure"):
+        fm.plot(EIGEN, ax=plt.figure())
+
+
+def test_public_name_is_the_function_of_the_plotting_file():
+    assert fm.plot is plotting.plot
+
+
+# ----------------------------------------------------------------------------- interpolation
+
+
+def test_loss_is_logarithmic_at_the_left_and_accuracy_at_the_right():
+    axis = drawn(PAPER)
+    right = right_axis(axis)
+    assert axis.get_yscale() == "log"
+    assert axis.get_ylabel() == "loss"
+    assert axis.yaxis.get_label_position() == "left"
+    assert right.get_yscale() == "linear"
+    assert right.get_ylabel() == "accuracy"
+    assert right.yaxis.get_label_position() == "right"
+    assert axis.get_xlabel() == right.get_xlabel() or right.get_xlabel() == ""
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_curves_hold_the_values(name):
+    axis = drawn(PAPER)
+    loss = curve(axis, f"{name} loss")
+    accuracy = curve(right_axis(axis), f"{name} accuracy")
+    assert loss.get_xdata().tolist() == list(PAPER.alphas)
+    assert loss.get_ydata().tolist() == list(PAPER.curves[name].loss)
+    assert accuracy.get_ydata().tolist() == list(PAPER.curves[name].metrics["accuracy"])
+
+
+@pytest.mark.parametrize(("name", "style"), [("train", "-"), ("test", "--")])
+def test_training_is_solid_and_test_dashed(name, style):
+    axis = drawn(PAPER)
+    assert curve(axis, f"{name} loss").get_linestyle() == style
+    assert curve(right_axis(axis), f"{name} accuracy").get_linestyle() == style
+
+
+def test_loss_and_accuracy_have_colours_of_their_own():
+    axis = drawn(PAPER)
+    right = right_axis(axis)
+    losses = {to_hex(curve(axis, f"{n} loss").get_color()) for n in ("train", "test")}
+    metrics = {to_hex(curve(right, f"{n} accuracy").get_color()) for n in ("train", "test")}
+    assert len(losses) == len(metrics) == 1
+    assert losses != metrics
+
+
+def test_legend_names_every_curve():
+    axis = drawn(PAPER)
+    texts = {t.get_text() for t in axis.get_legend().get_texts()}
+    assert texts == {"train loss", "train accuracy", "test loss", "test accuracy"}
+
+
+def test_the_two_minima_are_marked():
+    axis = drawn(PAPER)
+    upright = [line for line in axis.get_lines() if len(set(line.get_xdata())) == 1]
+    assert sorted(line.get_xdata()[0] for line in upright) == [0.0, 1.0]
+    marks = {t.get_text(): t.xy[0] for t in axis.texts}
+    assert marks == {"start": 0.0, "end": 1.0}
+
+
+def test_without_metrics_there_is_no_right_axis():
+    axis = drawn(interpolation())
+    assert right_axis(axis) is None
+
+
+def test_metrics_that_only_some_data_have_are_drawn_where_they_are():
+    result = dataclasses.replace(
+        PAPER, curves={"train": PAPER.curves["train"], "test": fm.Curve((1.0,) * 5, {})}
+    )
+    axis = drawn(result)
+    labels = [line.get_label() for line in right_axis(axis).get_lines()]
+    assert labels == ["train accuracy"]
+
+
+def test_several_metrics_are_told_apart():
+    metrics = {"accuracy": [0.5] * 5, "top five": [0.9] * 5}
+    axis = drawn(interpolation(metrics=metrics))
+    right = right_axis(axis)
+    assert right.get_ylabel() == "accuracy, top five"
+    assert len({to_hex(line.get_color()) for line in right.get_lines()}) == 2
+
+
+@pytest.mark.parametrize("losses", [(1.0, 0.0, 2.0), (1.0, -1.0, 2.0), (-3.0, -1.0, -2.0)])
+def test_loss_axis_is_linear_where_a_loss_is_not_positive(losses):
+    axis = drawn(interpolation(losses))
+    assert axis.get_yscale() == "linear"
+    assert curve(axis, "train loss").get_ydata().tolist() == list(losses)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_values_that_are_not_finite_leave_gaps(bad):
+    axis = drawn(interpolation((3.0, 0.1, bad, 0.2, 4.0)))
+    line = curve(axis, "train loss")
+    assert np.isnan(line.get_ydata()).tolist() == [False, False, True, False, False]
+    assert axis.get_yscale() == "log"
+    low, high = axis.get_ylim()
+    assert 0 < low < 0.1
+    assert 4.0 < high < 100
+
+
+def test_points_between_gaps_are_seen():
+    line = curve(drawn(interpolation((NAN, 0.1, NAN, 0.2, NAN))), "train loss")
+    assert line.get_marker() not in ("", "None", None)
+
+
+def test_curve_without_a_finite_value_can_be_drawn():
+    assert np.isnan(curve(drawn(interpolation((NAN, INF, NAN))), "train loss").get_ydata()).all()
+
+
+def test_points_out_of_order_are_drawn_in_order():
+    result = interpolation((1.0, 3.0, 2.0), alphas=(0.0, 1.0, 0.5))
+    line = curve(drawn(result), "train loss")
+    assert line.get_xdata().tolist() == [0.0, 0.5, 1.0]
+    assert line.get_ydata().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_rounding_of_a_constant_metric_does_not_look_like_a_change():
+    metrics = {"accuracy": [1.0, 1.0 - 1e-9, 1.0, 1.0, 1.0 - 1e-9]}
+    low, high = right_axis(drawn(interpolation(metrics=metrics))).get_ylim()
+    assert high - low >= 0.1
+    assert low < 1.0 < high
+
+
+def test_single_point_can_be_drawn():
+    assert drawn(interpolation((0.5,), alphas=(0.0,))).has_data()
+
+
+# -------------------------------------------------------------------------------- eigenvalues
+
+
+def test_eigenvalues_are_points_with_their_residuals():
+    wide = dataclasses.replace(EIGEN, residuals=torch.tensor([0.5, 0.25, 0.125]).double())
+    axis = drawn(wide)
+    ((points, _, (bars,)),) = axis.containers
+    assert points.get_xdata().tolist() == [1, 2, 3]
+    assert points.get_ydata().tolist() == wide.eigenvalues.tolist()
+    spans = [segment[:, 1] for segment in bars.get_segments()]
+    assert [(high - low) / 2 for low, high in spans] == pytest.approx([0.5, 0.25, 0.125])
+    assert axis.get_ylabel() == "eigenvalue"
+    assert "LM" in axis.get_xlabel()
+    assert axis.get_title() == ""
+
+
+def test_eigenvalues_that_did_not_converge_say_so():
+    late = dataclasses.replace(EIGEN, outcome=fm.Outcome.PRODUCT_LIMIT)
+    assert "not converged" in drawn(late).get_title()
+
+
+def test_eigenvalue_axis_counts_in_whole_numbers():
+    ticks = drawn(EIGEN).get_xticks()
+    assert all(t == round(t) for t in ticks)
+
+
+# ------------------------------------------------------------------------------ random sharpness
+
+
+def test_random_sharpness_has_a_bar_for_each_tensor():
+    axis = drawn(SHAKEN)
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["weight", "bias"]
+    widths = [bar.get_width() for bar in axis.patches]
+    assert widths == [t.value for t in SHAKEN.tensors]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_random_sharpness_that_is_not_finite_can_be_drawn(bad):
+    first = dataclasses.replace(SHAKEN.tensors[0], value=bad, mean=bad, standard_deviation=NAN)
+    axis = drawn(dataclasses.replace(SHAKEN, tensors=(first, SHAKEN.tensors[1])))
+    assert all(map(math.isfinite, axis.get_xlim()))
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+def bare(**changes) -> fm.SharpnessReport:
+    return dataclasses.replace(
+        REPORT,
+        **{
+            "gradient_norm": None,
+            "epsilon_sharpness": (),
+            "random_sharpness": None,
+            "largest": None,
+            "smallest": None,
+            "trace": None,
+        }
+        | changes,
+    )
+
+
+def test_report_has_a_bar_for_each_measurement():
+    axis = drawn(REPORT)
+    lines = REPORT.measurements()
+    assert [bar.get_width() for bar in axis.patches] == [abs(line.value) for line in lines]
+    assert axis.get_xscale() == "log"
+    labels = [t.get_text() for t in axis.get_yticklabels()]
+    assert len(labels) == len(lines)
+    assert all(line.name in label for line, label in zip(lines, labels, strict=True))
+
+
+def test_negative_numbers_are_told_from_positive_ones():
+    trace = fm.TraceResult(-4.0, 1.0, 8, 10, fm.Outcome.COMPLETED)
+    axis = drawn(bare(loss=2.0, trace=trace))
+    labels = [t.get_text() for t in axis.get_yticklabels()]
+    assert labels == ["loss L(θ)", "−(trace of the Hessian)"]
+    colors = [to_hex(bar.get_facecolor()) for bar in axis.patches]
+    assert len(set(colors)) == 2
+
+
+@pytest.mark.parametrize("loss", [0.0, NAN, INF, 1e-300])
+def test_report_with_an_extreme_number_can_be_drawn(loss):
+    axis = drawn(bare(loss=loss, gradient_norm=2.0))
+    assert all(map(math.isfinite, axis.get_xlim()))
+    assert axis.get_yticklabels()[0].get_text() == "loss L(θ)"
+
+
+def test_report_of_the_loss_alone_can_be_drawn():
+    assert drawn(bare()).get_title().startswith("Linear: 8 parameters")
+
+
+# ---------------------------------------------------------------------------------- comparison
+
+
+def comparison(**ratios: tuple[float, ...]) -> fm.Comparison:
+    count = len(next(iter(ratios.values())))
+    values = {name: tuple((r,) for r in row) for name, row in ratios.items()}
+    return fm.Comparison(
+        labels=tuple(ratios),
+        measures=tuple(f"measure {i}" for i in range(count)),
+        values=values,
+        ratio_of_means=ratios,
+    )
+
+
+def test_comparison_has_a_bar_from_one_to_each_ratio():
+    axis = drawn(comparison(base=(1.0, 1.0), big=(3.0, 0.25)))
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axis.patches]
+    assert ends == [(1.0, 3.0), (1.0, 0.25)]
+    assert axis.get_xscale() == "log"
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["measure 0", "measure 1"]
+    assert "base" in axis.get_xlabel()
+
+
+def test_comparison_of_three_has_a_colour_for_each_of_the_others():
+    axis = drawn(comparison(base=(1.0,), one=(2.0,), two=(5.0,)))
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["one", "two"]
+    assert len({to_hex(bar.get_facecolor()) for bar in axis.patches}) == 2
+
+
+@pytest.mark.parametrize("ratio", [-2.0, 0.0, NAN, INF])
+def test_ratios_without_a_logarithm_are_left_out(ratio):
+    axis = drawn(comparison(base=(1.0, 1.0), big=(ratio, 4.0)))
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["measure 1"]
+
+
+def test_comparison_without_any_ratio_can_be_drawn():
+    axis = drawn(comparison(base=(1.0,), big=(NAN,)))
+    assert all(map(math.isfinite, axis.get_xlim()))
+
+
+def test_comparison_of_equals_can_be_drawn():
+    assert drawn(comparison(base=(1.0,), same=(1.0,))).get_xscale() == "log"

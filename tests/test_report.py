@@ -1,0 +1,470 @@
+"""The one-call face: the same numbers as the parts, side by side, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+import flatminima as fm
+from flatminima.report import MEASURES
+from integrity import untouched
+from zoo import build
+
+
+@pytest.fixture(scope="module")
+def case():
+    return build("mlp_batch_norm_dropout")
+
+
+@pytest.fixture(scope="module")
+def report(case) -> fm.SharpnessReport:
+    return fm.sharpness(case.model, case.loss_fn, case.batches, seed=3, trace_products=10)
+
+
+@pytest.fixture(scope="module")
+def objective(case) -> fm.Objective:
+    return case.objective()
+
+
+# --------------------------------------------------------------- the numbers are those of the parts
+
+
+def test_report_describes_what_was_measured(report, objective):
+    assert report.model == "Sequential"
+    assert (report.parameters, report.examples, report.mode) == (objective.size, 29, "eval")
+    assert report.loss == objective.loss()
+
+
+def test_gradient_norm_is_that_of_the_objective(report, objective):
+    assert report.gradient_norm == float(objective.gradient().norm())
+
+
+@pytest.mark.parametrize(
+    ("index", "epsilon", "whole"),
+    [(0, 1e-3, True), (1, 5e-4, True), (2, 1e-3, False), (3, 5e-4, False)],
+)
+def test_epsilon_sharpness_is_that_of_the_function(index, epsilon, whole, report, objective):
+    subspace = None if whole else min(100, objective.size)
+    alone = fm.epsilon_sharpness(objective, epsilon=epsilon, subspace=subspace, seed=3)
+    assert len(report.epsilon_sharpness) == 4
+    assert report.epsilon_sharpness[index] == alone
+
+
+def test_random_sharpness_is_that_of_the_function(report, objective):
+    assert report.random_sharpness == fm.random_sharpness(objective, seed=3)
+
+
+def test_eigenvalues_are_those_of_lanczos(report, objective):
+    operator = fm.HessianOperator(objective)
+    assert report.largest == fm.lanczos(operator, k=3, seed=3).without_vectors()
+    exact = torch.linalg.eigvalsh(operator @ torch.eye(objective.size, dtype=torch.float64))
+    torch.testing.assert_close(
+        report.largest.eigenvalues, exact.flip(0)[:3], rtol=0, atol=2e-3 * float(exact[-1])
+    )
+    assert report.smallest.which == "SA"
+    assert report.smallest.eigenvectors is None
+    smallest = float(report.smallest.eigenvalues[0])
+    assert smallest == pytest.approx(float(exact[0]), abs=2e-4 * float(exact[-1]))
+
+
+def test_trace_is_that_of_the_function(report, objective):
+    assert report.trace == fm.trace(fm.HessianOperator(objective), products=10, seed=3)
+
+
+def test_subspace_is_a_hundred_where_there_is_room():
+    model = nn.Linear(30, 4)
+    data = torch.linspace(-1, 1, 240).reshape(8, 30).sin(), torch.ones(8, 4)
+    report = fm.sharpness(model, nn.MSELoss(), data, measures="epsilon_sharpness")
+    assert [r.subspace for r in report.epsilon_sharpness] == [None, None, 100, 100]
+
+
+def test_generator_as_seed_gives_every_measure_the_same_start(case):
+    given = [
+        fm.sharpness(
+            case.model,
+            case.loss_fn,
+            case.batches,
+            measures=measures,
+            trace_products=3,
+            seed=torch.Generator().manual_seed(1),
+        )
+        for measures in (["trace", "random_sharpness"], ["trace"])
+    ]
+    assert given[0].trace == given[1].trace
+
+
+# --------------------------------------------------------------------------------- subsets
+
+FIELDS = {
+    "gradient_norm": ["gradient_norm"],
+    "epsilon_sharpness": ["epsilon_sharpness"],
+    "random_sharpness": ["random_sharpness"],
+    "eigenvalues": ["largest", "smallest"],
+    "trace": ["trace"],
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_measure_alone_gives_the_same_number(measure, case, report):
+    alone = fm.sharpness(
+        case.model, case.loss_fn, case.batches, measures=[measure], seed=3, trace_products=10
+    )
+    for name, fields in FIELDS.items():
+        for field in fields:
+            if name == measure:
+                assert getattr(alone, field) == getattr(report, field)
+            else:
+                assert getattr(alone, field) in (None, ())
+    assert alone.loss == report.loss
+
+
+def test_measures_may_be_one_name_or_none(case):
+    one = fm.sharpness(case.model, case.loss_fn, case.batches, measures="gradient_norm")
+    none = fm.sharpness(case.model, case.loss_fn, case.batches, measures=[])
+    assert one.gradient_norm is not None
+    assert [m.name for m in none.measurements()] == ["loss L(θ)"]
+
+
+def test_counts_are_passed_on(case):
+    report = fm.sharpness(
+        case.model,
+        case.loss_fn,
+        case.batches,
+        measures=["eigenvalues", "trace", "random_sharpness"],
+        eigenvalues=5,
+        trace_products=4,
+        samples=2,
+    )
+    assert len(report.largest.eigenvalues) == 5
+    assert report.trace.products == 4
+    assert report.random_sharpness.samples == 2
+
+
+def test_tiny_models_have_as_many_eigenvalues_as_parameters():
+    model = nn.Linear(1, 1)
+    report = fm.sharpness(model, nn.MSELoss(), (torch.ones(3, 1), torch.zeros(3, 1)))
+    assert len(report.largest.eigenvalues) == 2
+    assert [r.subspace for r in report.epsilon_sharpness] == [None, None, 2, 2]
+
+
+@pytest.mark.parametrize("options", [{"params": "0.*"}, {"mode": "train"}, {"batch_size": 7}])
+def test_options_of_the_objective_are_passed_on(options, case):
+    x, y = (torch.cat([b[i] for b in case.batches]) for i in (0, 1))
+    report = fm.sharpness(case.model, case.loss_fn, (x, y), measures=["gradient_norm"], **options)
+    expected = fm.Objective(case.model, case.loss_fn, (x, y), **options)
+    assert report.loss == expected.loss()
+    assert report.parameters == expected.size
+    assert report.gradient_norm == float(expected.gradient().norm())
+
+
+def test_batch_loss_takes_the_place_of_the_criterion():
+    case = build("mapping_batches")
+    report = fm.sharpness(
+        case.model, data=case.batches, batch_loss=case.batch_loss, trace_products=3
+    )
+    assert report.loss == case.objective().loss()
+    assert report.trace == fm.trace(fm.HessianOperator(case.objective()), products=3)
+
+
+def test_weight_of_the_user_counts(case):
+    report = fm.sharpness(
+        case.model,
+        case.loss_fn,
+        case.batches,
+        weight=lambda batch: 1.0,
+        measures=[],
+    )
+    means = [case.loss_fn(case.model(x), y).item() for x, y in case.batches]
+    assert report.loss == pytest.approx(statistics.fmean(means), rel=1e-14)
+
+
+# ------------------------------------------------------------------------------ what it prints
+
+
+def test_every_measurement_is_a_line_of_the_table(report):
+    lines = report.measurements()
+    assert len(lines) == 2 + 4 + 1 + 3 + 1 + 1
+    rows = report.table().rows
+    assert [row[0] for row in rows] == [line.name for line in lines]
+    assert len({line.name for line in lines}) == len(lines)
+    assert all(line.cost for line in lines if "λ₂" not in line.name and "λ₃" not in line.name)
+
+
+def test_errors_say_what_they_are(report):
+    kinds = {line.name: line.error_kind for line in report.measurements()}
+    assert kinds["trace of the Hessian"] == "standard error"
+    assert kinds["λ₁ largest eigenvalue"] == kinds["λₙ smallest eigenvalue"] == "residual"
+    assert kinds["random-perturbation sharpness, ε = 0.001"] == "rounding"
+    assert kinds["loss L(θ)"] == ""
+
+
+def test_measurements_carry_the_numbers_of_their_results(report):
+    lines = {line.name: line for line in report.measurements()}
+    assert lines["loss L(θ)"].value == report.loss
+    assert lines["gradient norm ‖∇L‖"].value == report.gradient_norm
+    box = lines["ε-sharpness φ (%), ε = 0.0005, full space"]
+    assert box.value == report.epsilon_sharpness[1].value
+    assert box.cost == f"{report.epsilon_sharpness[1].evaluations} gradients"
+    second = lines["λ₂ largest eigenvalue"]
+    assert second.value == report.largest.eigenvalues[1]
+    assert second.error == report.largest.residuals[1]
+    assert lines["trace of the Hessian"].error == report.trace.standard_error
+
+
+def test_eigenvalues_beyond_nine_have_two_small_digits(case):
+    report = fm.sharpness(
+        case.model, case.loss_fn, case.batches, measures="eigenvalues", eigenvalues=10
+    )
+    assert [m.name for m in report.measurements()][10] == "λ₁₀ largest eigenvalue"
+
+
+class Noted(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), *layers)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    ("layers", "mode", "words"),
+    [
+        ([nn.BatchNorm1d(3)], "eval", ["running statistics"]),
+        ([nn.Dropout(0.1)], "eval", ["dropout off"]),
+        ([nn.Dropout(0.1), nn.BatchNorm1d(3)], "eval", ["dropout off", "running statistics"]),
+        ([nn.Tanh()], "eval", []),
+        ([nn.LayerNorm(3)], "eval", []),
+        ([nn.BatchNorm1d(3)], "train", []),
+    ],
+)
+def test_notes_tell_what_evaluation_mode_did(layers, mode, words):
+    data = torch.linspace(-1, 1, 18).reshape(6, 3).sin(), torch.ones(6, 3)
+    report = fm.sharpness(Noted(*layers), nn.MSELoss(), data, measures=[], mode=mode)
+    assert len(report.notes) == (1 if words else 0)
+    assert all(word in report.notes[0] for word in words)
+    assert all(word in repr(report) for word in words)
+
+
+# -------------------------------------------------------------------------------- side effects
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_model_data_and_random_states_are_untouched(dtype, mode):
+    case = build("mlp_batch_norm_dropout", dtype)
+    case.model.train()
+    case.model[0].weight.grad = torch.ones_like(case.model[0].weight)
+    with untouched(case.model, case.batches):
+        fm.sharpness(case.model, case.loss_fn, case.batches, mode=mode, trace_products=2, samples=1)
+
+
+def test_nothing_is_printed(case, capsys):
+    fm.sharpness(case.model, case.loss_fn, case.batches, trace_products=2)
+    assert capsys.readouterr().out == ""
+
+
+def test_without_progress_nothing_is_written_at_all(case, capsys, monkeypatch):
+    monkeypatch.setattr("flatminima.progress.DELAY_SECONDS", 0.0)
+    fm.sharpness(case.model, case.loss_fn, case.batches, trace_products=2, progress=False)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_progress_goes_to_the_error_stream(case, capsys, monkeypatch):
+    monkeypatch.setattr("flatminima.progress.DELAY_SECONDS", 0.0)
+    fm.sharpness(case.model, case.loss_fn, case.batches, trace_products=2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "sharpness" in captured.err
+
+
+def test_same_seed_gives_the_same_report_and_another_does_not(case, report):
+    again = fm.sharpness(case.model, case.loss_fn, case.batches, seed=3, trace_products=10)
+    other = fm.sharpness(case.model, case.loss_fn, case.batches, seed=4, trace_products=10)
+    assert again == report
+    assert other != report
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("measure", "near"),
+    [("eigenvalue", "eigenvalues"), ("epsilon", "epsilon_sharpness"), ("Trace", "trace")],
+)
+def test_unknown_measure_is_refused_with_the_nearest(measure, near, case):
+    with pytest.raises(fm.InvalidArgumentError, match=f"Did you mean .*'{near}'"):
+        fm.sharpness(case.model, case.loss_fn, case.batches, measures=["trace", measure])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("eigenvalues", 0), ("trace_products", 1), ("samples", 0)]
+)
+def test_counts_too_small_are_refused_before_anything_is_computed(argument, value, case):
+    def never(output, target):
+        raise AssertionError("computed something")
+
+    with pytest.raises(fm.InvalidArgumentError, match=f"'{argument}' argument of sharpness"):
+        fm.sharpness(case.model, never, case.batches, **{argument: value})
+
+
+def test_neither_data_nor_loss_is_refused(case):
+    with pytest.raises(fm.InvalidArgumentError, match="loss_fn"):
+        fm.sharpness(case.model, data=case.batches)
+    with pytest.raises(fm.InvalidArgumentError, match="needs data"):
+        fm.sharpness(case.model, case.loss_fn)
+
+
+def test_loss_that_is_not_finite_raises(case):
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    with pytest.raises(fm.NonFiniteError, match="batch 0"):
+        fm.sharpness(model, case.loss_fn, case.batches)
+
+
+# ------------------------------------------------------------------------------------- compare
+
+
+def plain(loss: float, norm: float | None = None, **changes) -> fm.SharpnessReport:
+    fields = {
+        "model": "Net",
+        "parameters": 3,
+        "examples": 5,
+        "mode": "eval",
+        "loss": loss,
+        "gradient_norm": norm,
+        "epsilon_sharpness": (),
+        "random_sharpness": None,
+        "largest": None,
+        "smallest": None,
+        "trace": None,
+        "notes": (),
+    }
+    return fm.SharpnessReport(**fields | changes)
+
+
+LOSS, NORM = "loss L(θ)", "gradient norm ‖∇L‖"
+
+
+def test_ratios_are_to_the_first():
+    comparison = fm.compare({"a": plain(2.0, 1.0), "b": plain(6.0, 0.5), "c": plain(1.0, -3.0)})
+    assert comparison.labels == ("a", "b", "c")
+    assert comparison.measures == (LOSS, NORM)
+    assert comparison.ratio_of_means == {"a": (1.0, 1.0), "b": (3.0, 0.5), "c": (0.5, -3.0)}
+    assert comparison.table().header == ("measure", "a", "b", "c", "b / a", "c / a")
+    assert comparison.table().rows[0] == (LOSS, "2", "6", "1", "3", "0.5")
+
+
+def test_several_seeds_are_mean_and_standard_deviation():
+    small = [plain(1.0), plain(2.0), plain(6.0)]
+    comparison = fm.compare({"small": small, "large": plain(30.0)})
+    assert comparison.values == {"small": ((1.0, 2.0, 6.0),), "large": ((30.0,),)}
+    assert comparison.mean("small", LOSS) == 3.0
+    assert comparison.standard_deviation("small", LOSS) == pytest.approx(math.sqrt(7))
+    assert comparison.ratio_of_means["large"] == (10.0,)
+    assert comparison.table().rows[0] == (LOSS, "3 ± 2.6", "30", "10")
+    assert "over 3 seeds" in repr(comparison)
+
+
+def test_one_report_has_no_standard_deviation():
+    comparison = fm.compare({"a": plain(1.0), "b": plain(2.0)})
+    assert math.isnan(comparison.standard_deviation("a", LOSS))
+    assert "seeds" not in repr(comparison)
+
+
+def test_ratio_to_zero_is_nan():
+    comparison = fm.compare({"a": plain(0.0), "b": plain(2.0)})
+    assert all(math.isnan(comparison.ratio_of_means[n][0]) for n in ("a", "b"))
+    assert comparison.table().rows[0] == (LOSS, "0", "2", "NaN")
+
+
+@pytest.mark.parametrize(
+    "losses", [[1.0, math.inf], [1.0, math.nan], [math.inf, -math.inf], [math.inf, math.inf]]
+)
+def test_seeds_that_are_not_finite_are_shown_as_they_are(losses):
+    comparison = fm.compare({"a": [plain(loss) for loss in losses], "b": [plain(1.0), plain(2.0)]})
+    mean = comparison.mean("a", LOSS)
+    assert mean == sum(losses) / 2 or math.isnan(mean)
+    assert not math.isfinite(mean)
+    assert math.isnan(comparison.standard_deviation("a", LOSS))
+    assert "NaN" in repr(comparison)
+
+
+def test_only_shared_measures_are_compared():
+    comparison = fm.compare({"a": plain(1.0, 2.0), "b": [plain(2.0, 3.0), plain(2.0)]})
+    assert comparison.measures == (LOSS,)
+
+
+def test_real_reports_are_compared_line_by_line(report):
+    comparison = fm.compare({"one": report, "same": [report, report]})
+    assert comparison.measures == tuple(m.name for m in report.measurements())
+    assert comparison.ratio_of_means["same"] == (1.0,) * len(comparison.measures)
+    assert fm.Comparison.from_json(comparison.to_json()) == comparison
+
+
+def test_reports_that_were_not_made_alike_are_noted():
+    comparison = fm.compare({"a": plain(1.0), "b": plain(1.0, examples=6, mode="train")})
+    assert any("examples" in note and "a: 5; b: 6" in note for note in comparison.notes)
+    assert any("mode" in note for note in comparison.notes)
+    assert all(note in repr(comparison) for note in comparison.notes)
+
+
+def test_numbers_to_distrust_are_noted():
+    doubtful = fm.SharpnessResult(
+        value=0.0,
+        loss=1.0,
+        maximum=1.0,
+        epsilon=1e-3,
+        subspace=None,
+        iterations=10,
+        evaluations=2,
+        outcome=fm.Outcome.UNBOUNDED,
+    )
+    fine = dataclasses.replace(doubtful, outcome=fm.Outcome.STATIONARY)
+    comparison = fm.compare(
+        {
+            "a": plain(1.0, epsilon_sharpness=(fine,)),
+            "b": [plain(1.0, epsilon_sharpness=(r,)) for r in (fine, doubtful)],
+        }
+    )
+    assert comparison.notes == ("ε-sharpness φ (%), ε = 0.001, full space, b: UNBOUNDED.",)
+
+
+@pytest.mark.parametrize(
+    ("label", "measure", "near"), [("c", LOSS, "'a'"), ("a", "loss", "loss L")]
+)
+def test_unknown_label_or_measure_is_refused_with_the_known(label, measure, near):
+    comparison = fm.compare({"a": plain(1.0), "b": plain(2.0)})
+    for ask in (comparison.mean, comparison.standard_deviation):
+        with pytest.raises(fm.InvalidArgumentError, match=near):
+            ask(label, measure)
+
+
+@pytest.mark.parametrize("reports", [{}, {"a": plain(1.0)}])
+def test_fewer_than_two_reports_are_refused(reports):
+    with pytest.raises(fm.InvalidArgumentError, match="needs two reports at least"):
+        fm.compare(reports)
+
+
+def test_empty_list_of_reports_is_refused_by_label():
+    with pytest.raises(fm.InvalidArgumentError, match="empty list for 'b'"):
+        fm.compare({"a": plain(1.0), "b": []})
+
+
+def test_list_in_place_of_a_mapping_is_refused_with_an_example():
+    with pytest.raises(fm.ArgumentTypeError, match="mapping such as"):
+        fm.compare([plain(1.0), plain(2.0)])
+
+
+@pytest.mark.parametrize("thing", [3, None, [3], "report", TypeError, [plain(1.0), None]])
+def test_something_that_is_no_report_is_refused_by_label(thing):
+    with pytest.raises(fm.ArgumentTypeError, match=r"compare takes reports of sharpness.*'b'"):
+        fm.compare({"a": plain(1.0), "b": thing})

@@ -1,0 +1,502 @@
+"""Results: frozen, comparable, readable, and the same after a trip through strict JSON."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import operator
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+import flatminima as fm
+from flatminima.results import format_number
+
+NAN, INF = math.nan, math.inf
+
+
+def eigen(vectors: torch.Tensor | None = None, **changes) -> fm.EigenResult:
+    fields = {
+        "eigenvalues": torch.tensor([3.5, -1e-9], dtype=torch.float64),
+        "eigenvectors": vectors,
+        "residuals": torch.tensor([1e-7, 0.0], dtype=torch.float64),
+        "outcome": fm.Outcome.CONVERGED,
+        "products": 17,
+        "which": "LA",
+        "tol": 1e-3,
+        "method": "lanczos",
+    }
+    return fm.EigenResult(**fields | changes)
+
+
+def box(**changes) -> fm.SharpnessResult:
+    fields = {
+        "value": 12.5,
+        "loss": 0.1,
+        "maximum": 0.2375,
+        "epsilon": 1e-3,
+        "subspace": None,
+        "iterations": 10,
+        "evaluations": 12,
+        "outcome": fm.Outcome.ITERATION_LIMIT,
+    }
+    return fm.SharpnessResult(**fields | changes)
+
+
+TENSOR = fm.TensorSharpness("0.weight", 2.5, 1.25, 0.5)
+SHAKEN = fm.RandomSharpnessResult(
+    value=2.5,
+    mean=1.25,
+    standard_deviation=NAN,
+    tensors=(TENSOR, fm.TensorSharpness("0.bias", INF, NAN, NAN)),
+    loss=0.25,
+    epsilon=1e-3,
+    samples=1,
+    scope="tensor",
+    relative=True,
+    resolution=1e-5,
+    evaluations=3,
+    outcome=fm.Outcome.NON_FINITE_POINTS,
+)
+TRACE = fm.TraceResult(42.5, 1.5, 10, 100, fm.Outcome.COMPLETED)
+CURVE = fm.Curve((0.5, INF, NAN), {"accuracy": (0.9, 0.1, -INF)})
+INTERPOLATION = fm.Interpolation(
+    alphas=(-1.0, 0.0, 1.0),
+    curves={"train": CURVE, "test": fm.Curve((1.0, 2.0, 3.0), {})},
+    path="linear",
+    buffers="keep",
+    evaluations=6,
+    outcome=fm.Outcome.NON_FINITE_POINTS,
+    notes=("first", "second"),
+)
+REPORT = fm.SharpnessReport(
+    model="Sequential",
+    parameters=10,
+    examples=5,
+    mode="eval",
+    loss=0.1,
+    gradient_norm=1e-4,
+    epsilon_sharpness=(box(), box(subspace=10, value=0.75)),
+    random_sharpness=SHAKEN,
+    largest=eigen(),
+    smallest=eigen(which="SA"),
+    trace=TRACE,
+    notes=("a note",),
+)
+BARE = dataclasses.replace(
+    REPORT,
+    gradient_norm=None,
+    epsilon_sharpness=(),
+    random_sharpness=None,
+    largest=None,
+    smallest=None,
+    trace=None,
+    notes=(),
+)
+COMPARISON = fm.Comparison(
+    labels=("small", "large"),
+    measures=("loss L(θ)", "trace"),
+    values={"small": ((0.1, 0.2), (0.0, 0.0)), "large": ((0.3, 0.5), (1.0, 2.0))},
+    ratio_of_means={"small": (1.0, NAN), "large": (8 / 3, NAN)},
+    notes=("not made alike",),
+)
+
+VECTORS = torch.tensor([[0.1, 1 / 3], [-2.0, 1e-30], [0.0, 7.0]])
+
+RESULTS = {
+    "eigenpairs": eigen(),
+    "eigenpairs with float32 vectors": eigen(VECTORS),
+    "eigenpairs with float64 vectors": eigen(VECTORS.double()),
+    "eigenpairs with transposed vectors": eigen(torch.arange(10.0).reshape(2, 5).T),
+    "eigenpairs with bfloat16 vectors": eigen(VECTORS.bfloat16()),
+    "eigenpairs that are not finite": eigen(
+        torch.tensor([[NAN, INF], [-INF, 0.0]]),
+        eigenvalues=torch.tensor([NAN, -INF], dtype=torch.float64),
+        residuals=torch.tensor([INF, NAN], dtype=torch.float64),
+        outcome=fm.Outcome.PRODUCT_LIMIT,
+    ),
+    "no eigenpairs": eigen(
+        torch.empty(4, 0),
+        eigenvalues=torch.empty(0, dtype=torch.float64),
+        residuals=torch.empty(0, dtype=torch.float64),
+    ),
+    "sharpness": box(),
+    "sharpness in a subspace": box(subspace=100, displacement=torch.tensor([0.1, NAN])),
+    "sharpness with a float64 displacement": box(displacement=torch.tensor([0.1]).double()),
+    "one tensor": TENSOR,
+    "random sharpness": SHAKEN,
+    "trace": TRACE,
+    "trace that is not finite": fm.TraceResult(NAN, INF, 3, 2, fm.Outcome.COMPLETED),
+    "curve": CURVE,
+    "interpolation": INTERPOLATION,
+    "measurement": fm.Measurement("name", 1.5, None, "", None, "1 loss"),
+    "measurement with an error": fm.Measurement(
+        "name", -INF, 0.5, "residual", fm.Outcome.PRODUCT_LIMIT, "9 products"
+    ),
+    "report": REPORT,
+    "bare report": BARE,
+    "comparison": COMPARISON,
+}
+
+every = pytest.mark.parametrize("name", RESULTS)
+
+
+def refuse(constant: str):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_two_results_of_one_name_are_refused():
+    # Saved results are found by the name of their class.
+    with pytest.raises(TypeError, match="'TraceResult' exists in flatminima"):
+        type("TraceResult", (fm.Result,), {})
+
+
+def test_every_result_class_is_here():
+    kinds = set()
+
+    def collect(kind: type) -> None:
+        for child in kind.__subclasses__():
+            if child.__module__.startswith("flatminima."):
+                kinds.add(child)
+            collect(child)
+
+    collect(fm.Result)
+    assert kinds == {type(r) for r in RESULTS.values()}
+
+
+# -------------------------------------------------------------------------------------- JSON
+
+
+@every
+def test_json_gives_an_equal_result_back(name):
+    result = RESULTS[name]
+    text = result.to_json()
+    assert type(result).from_json(text) == result
+    assert type(result).from_dict(result.to_dict()) == result
+    assert fm.Result.from_json(text) == result
+    assert type(fm.Result.from_json(text)) is type(result)
+    assert type(result).from_json(text).to_json() == text
+
+
+@every
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_is_strict_and_plain(name, indent):
+    text = RESULTS[name].to_json(indent=indent)
+    data = json.loads(text, parse_constant=refuse)
+    assert data == RESULTS[name].to_dict()
+    assert (data["type"], data["version"]) == (type(RESULTS[name]).__name__, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0,), (1, 1), (2, 0)])
+def test_tensors_come_back_bit_for_bit(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    back = fm.SharpnessResult.from_json(box(displacement=tensor).to_json()).displacement
+    assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(back, tensor)
+
+
+def test_nan_and_infinity_come_back_inside_tensors():
+    back = fm.EigenResult.from_json(RESULTS["eigenpairs that are not finite"].to_json())
+    assert back.eigenvalues.isnan().tolist() == [True, False]
+    assert back.eigenvalues[1] == -INF
+    assert back.eigenvectors.isnan().tolist() == [[True, False], [False, False]]
+
+
+def test_vectors_are_base64_of_their_bytes():
+    field = eigen(VECTORS).to_dict()["eigenvectors"]
+    raw = base64.b64decode(field["base64"], validate=True)
+    assert raw == VECTORS.numpy().tobytes()
+    assert (field["dtype"], field["shape"]) == ("float32", [3, 2])
+
+
+def test_types_survive_not_just_values():
+    back = fm.SharpnessReport.from_json(REPORT.to_json())
+    assert isinstance(back.epsilon_sharpness, tuple)
+    assert isinstance(back.epsilon_sharpness[0], fm.SharpnessResult)
+    assert isinstance(back.random_sharpness.tensors[0], fm.TensorSharpness)
+    assert isinstance(back.largest.eigenvalues, torch.Tensor)
+    assert back.largest.outcome is fm.Outcome.CONVERGED
+    assert isinstance(back.loss, float)
+    assert isinstance(back.parameters, int)
+    curve = fm.Interpolation.from_json(INTERPOLATION.to_json()).curves["train"]
+    assert isinstance(curve, fm.Curve)
+    assert isinstance(curve.metrics["accuracy"], tuple)
+
+
+def test_integers_in_a_float_field_come_back_as_floats():
+    data = box().to_dict() | {"value": 3}
+    assert isinstance(fm.SharpnessResult.from_dict(data).value, float)
+
+
+def test_without_vectors_drops_them_from_the_json():
+    result = eigen(VECTORS).without_vectors()
+    assert result.eigenvectors is None
+    assert result.to_dict()["eigenvectors"] is None
+    assert result == eigen()
+
+
+def test_data_of_another_class_are_refused_by_name():
+    with pytest.raises(fm.InvalidArgumentError, match="'TraceResult', not of EigenResult"):
+        fm.EigenResult.from_json(TRACE.to_json())
+
+
+def test_unknown_class_is_refused_with_the_nearest():
+    data = TRACE.to_dict() | {"type": "TraceResults"}
+    with pytest.raises(fm.InvalidArgumentError, match="Did you mean 'TraceResult'"):
+        fm.Result.from_dict(data)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_data_of_another_version_are_refused(version):
+    data = TRACE.to_dict() | {"version": version}
+    with pytest.raises(fm.InvalidArgumentError, match="this release reads version 1"):
+        fm.TraceResult.from_dict(data)
+
+
+@pytest.mark.parametrize("field", ["value", "products", "outcome"])
+def test_missing_fields_are_named(field):
+    data = TRACE.to_dict()
+    del data[field]
+    with pytest.raises(fm.InvalidArgumentError, match=f"TraceResult data without {field}"):
+        fm.TraceResult.from_dict(data)
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", "[1, 2]", "3", "null", '{"a": 1}'])
+def test_text_that_is_no_result_is_refused(text):
+    with pytest.raises(fm.InvalidArgumentError, match=r"TraceResult\.from_"):
+        fm.TraceResult.from_json(text)
+
+
+@pytest.mark.parametrize("changes", [{"outcome": "FINISHED"}, {"value": "many"}])
+def test_field_that_cannot_be_read_is_named(changes):
+    (field,) = changes
+    with pytest.raises(fm.InvalidArgumentError, match=f"TraceResult data.*'{field}'"):
+        fm.TraceResult.from_dict(TRACE.to_dict() | changes)
+
+
+# ------------------------------------------------------------------------- frozen, comparable
+
+
+@every
+def test_results_are_frozen(name):
+    result = RESULTS[name]
+    for field in dataclasses.fields(result):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(result, field.name, None)
+
+
+@every
+def test_result_equals_its_copy_and_no_other(name):
+    result = RESULTS[name]
+    assert result == dataclasses.replace(result)
+    assert [n for n, other in RESULTS.items() if other == result] == [name]
+    assert result != "something else"
+    assert not operator.ne(result, dataclasses.replace(result))
+
+
+@every
+def test_every_field_counts_in_a_comparison(name):
+    result = RESULTS[name]
+    for field in dataclasses.fields(result):
+        changed = dataclasses.replace(result, **{field.name: "something else"})
+        assert changed != result
+
+
+def test_one_bit_of_a_vector_makes_a_difference():
+    other = VECTORS.clone()
+    other[1, 1] = torch.nextafter(other[1, 1], torch.tensor(1.0))
+    assert eigen(VECTORS) != eigen(other)
+    assert eigen(VECTORS) != eigen(VECTORS.double())
+
+
+def test_results_cannot_be_hashed_by_accident():
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(TRACE)
+
+
+# ----------------------------------------------------------------------------- for people
+
+
+NUMBERS = {
+    "eigenpairs": ["3.5", "-1.00000e-09", "1.00e-07", "17 products"],
+    "sharpness": ["12.5", "0.1", "0.2375", "12", "0.001", "full space"],
+    "sharpness in a subspace": ["p = 100"],
+    "one tensor": ["0.weight", "2.5", "1.25", "0.5"],
+    "random sharpness": ["2.5", "1.25", "0.bias", "∞", "NaN", "1.0e-05"],
+    "trace": ["42.5", "1.5", "4.25", "0.15", "100 products"],
+    "curve": ["0.5", "∞", "NaN", "0.9", "−∞", "accuracy"],
+    "interpolation": ["-1", "train loss", "test loss", "train accuracy", "first", "second"],
+    "measurement with an error": ["−∞", "0.5 (residual)", "NOT CONVERGED", "9 products"],
+    "report": ["Sequential", "10 parameters", "5 examples", "12.5", "42.5", "a note", "λ₁", "λₙ"],
+    "bare report": ["loss L(θ)", "0.1"],
+    "comparison": ["small", "large", "0.15 ± 0.071", "2.67", "NaN", "2 seeds", "not made alike"],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "how", [repr, str, lambda r: r._repr_html_(), lambda r: r.table().to_text()]
+)
+def test_numbers_are_shown(name, how):
+    shown = how(RESULTS[name])
+    assert [n for n in NUMBERS[name] if n not in shown] == []
+
+
+@every
+def test_text_and_html_can_be_made_of_every_result(name):
+    result = RESULTS[name]
+    assert result.table().to_text() == repr(result) == str(result)
+    parser = Cells()
+    parser.feed(result._repr_html_())
+    table = result.table()
+    assert parser.open == []
+    assert parser.cells == [cell for row in (table.header, *table.rows) for cell in row]
+
+
+class Cells(HTMLParser):
+    """The texts of the cells, and the tags left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+NASTY = "<script>alert('&')</script>"
+
+
+@pytest.mark.parametrize("part", ["header", "rows", "title", "notes"])
+def test_html_is_escaped(part):
+    parts = {
+        "header": {"header": (NASTY,)},
+        "rows": {"rows": ((NASTY,),)},
+        "title": {"title": NASTY},
+        "notes": {"notes": (NASTY,)},
+    }
+    table = fm.Table(**{"header": ("a",), "rows": (("b",),)} | parts[part])
+    shown = table.to_html()
+    assert "<script" not in shown
+    assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)" in shown
+
+
+def test_names_of_the_users_are_escaped_in_a_report():
+    shown = dataclasses.replace(REPORT, model=NASTY)._repr_html_()
+    assert "<script" not in shown
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
+TABLE = fm.Table(
+    header=("name", "value", "said"),
+    rows=(("a", "1.5", "fine"), ("longer name", "−∞", "1 product"), ("c", "", "")),
+    title="A title",
+    notes=("One note.",),
+)
+
+
+def test_text_table_aligns_names_left_and_numbers_right():
+    assert TABLE.to_text().splitlines() == [
+        "A title",
+        "name         value  said",
+        "───────────  ─────  ─────────",
+        "a              1.5  fine",
+        "longer name     −∞  1 product",
+        "c",
+        "Note: One note.",
+    ]
+
+
+def test_markdown_table():
+    assert TABLE.to_markdown().splitlines() == [
+        "**A title**",
+        "",
+        "| name | value | said |",
+        "| --- | ---: | --- |",
+        "| a | 1.5 | fine |",
+        "| longer name | −∞ | 1 product |",
+        "| c |  |  |",
+        "",
+        "One note.",
+    ]
+
+
+def test_bars_are_escaped_in_markdown():
+    table = fm.Table(("a|b",), (("|x|",),))
+    assert table.to_markdown().splitlines() == ["| a\\|b |", "| --- |", "| \\|x\\| |"]
+
+
+def test_html_table_aligns_like_the_text():
+    shown = TABLE.to_html()
+    assert '<td style="text-align:right">1.5</td>' in shown
+    assert '<td style="text-align:left">fine</td>' in shown
+    assert "<caption>A title</caption>" in shown
+    assert "One note." in shown
+
+
+def test_table_without_rows_has_a_header():
+    assert fm.Table(("a", "b"), ()).to_text() == "a  b\n─  ─"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (2.5, "2.5"),
+        (-2.5, "-2.5"),
+        (0.001, "0.001"),
+        (0.00099, "9.900e-04"),
+        (12345.678, "1.235e+04"),
+        (1e5, "1.000e+05"),
+        (-1e-12, "-1.000e-12"),
+        (NAN, "NaN"),
+        (INF, "∞"),
+        (-INF, "−∞"),
+        (None, "–"),
+    ],
+)
+def test_numbers_as_people_write_them(value, shown):
+    assert format_number(value) == shown
+
+
+@pytest.mark.parametrize(("digits", "shown"), [(1, "3"), (3, "3.14"), (6, "3.14159")])
+def test_number_of_digits(digits, shown):
+    assert format_number(math.pi, digits) == shown
+
+
+# ---------------------------------------------------------------------------------- outcomes
+
+
+@pytest.mark.parametrize("outcome", fm.Outcome)
+def test_every_outcome_is_a_sentence_and_has_a_short_form(outcome):
+    assert outcome.value.endswith(".")
+    assert outcome.value[0].isupper()
+    assert 0 < len(outcome.brief) < 30
+
+
+def test_outcomes_to_distrust_stand_out_in_a_table():
+    doubtful = {
+        fm.Outcome.PRODUCT_LIMIT,
+        fm.Outcome.BELOW_ROUNDING,
+        fm.Outcome.NON_FINITE_POINTS,
+        fm.Outcome.UNBOUNDED,
+    }
+    assert {o for o in fm.Outcome if o.brief.isupper()} == doubtful
+    assert {o for o in fm.Outcome if o.doubtful} == doubtful
