@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 import flatminima as fm
 from flatminima import batches as room
-from flatminima.batches import to_device
+from flatminima.nested import to_device
 from integrity import untouched
 from zoo import cut
 

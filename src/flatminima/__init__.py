@@ -30,7 +30,8 @@ from .estimators.trace import TraceResult, trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
-from .objective import Objective, accuracy
+from .metrics import accuracy
+from .objective import Objective
 from .operators import FunctionOperator, HessianOperator, LinearOperator, MatrixOperator
 from .report import Measurement, SharpnessReport, sharpness
 from .results import Outcome, Result, Table

@@ -1,21 +1,17 @@
-"""Whatever the user has as data → batches that can be read again and again, with their weights."""
+"""Whatever the user has as data → batches that can be read again and again."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import itertools
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from .checks import check_integer
@@ -26,22 +22,13 @@ from .errors import (
     EmptyDataError,
     FlatMinimaError,
     InvalidArgumentError,
-    NonFiniteError,
     OneShotDataError,
 )
+from .nested import fingerprint, tensors_in, to_device
 from .progress import progress_bar
 from .randomness import preserved_random_state, reseed
 
-__all__ = [
-    "Batch",
-    "Batches",
-    "check_weight",
-    "count_terms",
-    "example_count",
-    "is_sum",
-    "located",
-    "to_device",
-]
+__all__ = ["Batch", "Batches", "located"]
 
 READ_SEED = 2**20
 """Readings are seeded with this plus the batch's number; evaluations with the number alone."""
@@ -65,168 +52,6 @@ def located(index: int) -> Iterator[None]:
         if hasattr(error, "add_note") and not isinstance(error, FlatMinimaError):
             error.add_note(f"This happened in batch {index} of the data.")
         raise
-
-
-# --------------------------------------------------------------------------- nested structures
-
-
-def to_device(data: Any, device: torch.device, *, duplicate: bool = False) -> Any:
-    """`data` with every tensor on `device`; the user's own containers are never changed.
-
-    Tensors, nested tuples, named tuples, lists, mappings, dataclasses and objects with
-    `.to(device)` are followed; anything else passes through. With `duplicate`, tensors that are
-    on `device` already are copied.
-    """
-    if isinstance(data, Tensor):
-        if duplicate or data.is_inference():
-            # Tensors from inference mode take no part in derivatives, but copies of them do.
-            twin = data.detach().to(device, non_blocking=True, copy=True)
-            return twin.requires_grad_(data.requires_grad)
-        return data.to(device, non_blocking=True)
-    follow = functools.partial(to_device, device=device, duplicate=duplicate)
-    if callable(getattr(data, "to", None)):
-        # Batch objects such as BatchEncoding move themselves in place, hence the copy.
-        return copy.copy(data).to(device)
-    if isinstance(data, dict):
-        # Not built anew: a defaultdict, for one, does not take its contents first.
-        mapping = copy.copy(data)
-        mapping.update({key: follow(value) for key, value in data.items()})
-        return mapping
-    if isinstance(data, Mapping):
-        return type(data)({key: follow(value) for key, value in data.items()})  # type: ignore[call-arg]
-    if isinstance(data, tuple):
-        items = [follow(item) for item in data]
-        return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
-    if isinstance(data, list):
-        return [follow(item) for item in data]
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        clone = copy.copy(data)
-        for f in dataclasses.fields(data):
-            object.__setattr__(clone, f.name, follow(getattr(data, f.name)))
-        return clone
-    return data
-
-
-def _tensors(data: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor inside `data`, also inside objects of classes unknown here."""
-    seen = set() if seen is None else seen
-    if isinstance(data, Tensor):
-        yield data
-    elif isinstance(data, (str, bytes, int, float, bool, type(None))) or id(data) in seen:
-        return
-    else:
-        seen.add(id(data))
-        if isinstance(data, np.ndarray):
-            if data.dtype.kind in "biuf":
-                yield torch.as_tensor(data)
-        elif isinstance(data, Mapping):
-            for value in data.values():
-                yield from _tensors(value, seen)
-        elif isinstance(data, (tuple, list)):
-            for item in data:
-                yield from _tensors(item, seen)
-        elif dataclasses.is_dataclass(data) and not isinstance(data, type):
-            for field in dataclasses.fields(data):
-                yield from _tensors(getattr(data, field.name), seen)
-        elif hasattr(data, "__dict__"):
-            yield from _tensors(vars(data), seen)
-
-
-def _fingerprint(data: Any) -> int:
-    check = 0
-    for tensor in _tensors(data):
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            continue
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        check = zlib.crc32(raw.numpy().data, zlib.crc32(head, check))
-    return check
-
-
-# ------------------------------------------------------------------------------------- weights
-
-
-def example_count(data: Any) -> int | None:
-    """Number of examples in a batch: the length its tensors share; None when they share none."""
-    lengths = {t.shape[0] for t in _tensors(data) if t.dim() > 0}
-    return int(lengths.pop()) if len(lengths) == 1 else None
-
-
-_CLASS_LOSSES: dict[Any, type[nn.Module]] = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.nll_loss: nn.NLLLoss,
-}
-_ELEMENT_LOSSES = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-    nn.KLDivLoss,
-)
-_ELEMENT_FUNCTIONS = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.poisson_nll_loss,
-    F.soft_margin_loss,
-    F.kl_div,
-)
-
-
-def _option(loss_fn: Any, name: str, default: Any) -> Any:
-    """An option of a criterion: an attribute of a module, a keyword bound by `partial`."""
-    if isinstance(loss_fn, functools.partial):
-        return loss_fn.keywords.get(name, _option(loss_fn.func, name, default))
-    return getattr(loss_fn, name, default) if isinstance(loss_fn, nn.Module) else default
-
-
-def _function(loss_fn: Any) -> Any:
-    while isinstance(loss_fn, functools.partial):
-        loss_fn = loss_fn.func
-    return loss_fn
-
-
-def is_sum(loss_fn: Any) -> bool:
-    """Whether the criterion adds up its terms instead of averaging them."""
-    return bool(_option(loss_fn, "reduction", "mean") == "sum")
-
-
-def count_terms(loss_fn: Any, target: Any) -> float | None:
-    """The weight w_b: over how many terms the criterion's mean runs for this target.
-
-    Cross-entropy and NLL: the labels that are not `ignore_index`, each counted with its class
-    weight. Element-wise criteria (MSE, BCE, …): the elements of the target. Anything else: the
-    target's first dimension. None when the target does not tell.
-    """
-    function = _function(loss_fn)
-    tensor = next(_tensors(target), None)
-    if tensor is None:
-        return None
-    class_loss = function in _CLASS_LOSSES if not isinstance(function, nn.Module) else False
-    if class_loss or isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        if tensor.dtype.is_floating_point:
-            return float(tensor.numel() // tensor.shape[1]) if tensor.dim() > 1 else 1.0
-        kept = tensor != _option(loss_fn, "ignore_index", -100)
-        weight = _option(loss_fn, "weight", None)
-        if weight is None:
-            return float(kept.sum().item())
-        classes = weight.detach().double().cpu()
-        return float(classes[tensor[kept].cpu()].sum().item())
-    if isinstance(function, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
-        if _option(loss_fn, "reduction", "mean") == "batchmean":
-            return float(tensor.shape[0])
-        return float(tensor.numel())
-    return float(tensor.shape[0]) if tensor.dim() > 0 else 1.0
-
-
-# ------------------------------------------------------------------------------------- sources
 
 
 def _as_iterable(data: Any, batch_size: int) -> Iterable[Any]:
@@ -389,7 +214,7 @@ class Batches:
         count = 0
         for index, raw in self._raw_batches():
             count = index + 1
-            if index >= len(self._marks) or _fingerprint(raw) != self._marks[index]:
+            if index >= len(self._marks) or fingerprint(raw) != self._marks[index]:
                 raise self._changed(f"batch {index} differs")
             if self._weights[index] > 0:
                 yield Batch(index, self._moved(raw, index), self._weights[index])
@@ -443,10 +268,12 @@ class Batches:
                 with located(index):
                     self._weights.append(weight(raw, index))
                 if cache is not True:
-                    self._marks.append(_fingerprint(raw))
+                    self._marks.append(fingerprint(raw))
                 if kept is not None:
-                    stays = in_place and all(t.device == self.device for t in _tensors(raw))
-                    held += 0 if stays else sum(t.numel() * t.element_size() for t in _tensors(raw))
+                    stays = in_place and all(t.device == self.device for t in tensors_in(raw))
+                    held += (
+                        0 if stays else sum(t.numel() * t.element_size() for t in tensors_in(raw))
+                    )
                     kept.append(Batch(index, moved, self._weights[index]))
                     if cache == "auto" and held > budget:
                         kept = None
@@ -478,18 +305,3 @@ class Batches:
             "or augmentation with a random state of its own. Without the same data there is no "
             "one objective to measure; switch it off, or keep the first reading with cache=True."
         )
-
-
-def check_weight(value: Any, index: int) -> float:
-    """A batch's weight as a float ≥ 0."""
-    try:
-        number = float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(
-            f"weight= gave {value!r} for batch {index}; a weight is one number."
-        ) from error
-    if not np.isfinite(number) or number < 0:
-        raise NonFiniteError(
-            f"weight= gave {number} for batch {index}; a weight is finite and ≥ 0."
-        )
-    return number

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .batches import Batch, Batches, check_weight, count_terms, example_count, is_sum, located
+from .batches import Batch, Batches, located
 from .checks import check_choice, check_device, check_instance
 from .errors import (
     ArgumentTypeError,
@@ -20,13 +20,13 @@ from .errors import (
     LossNotScalarError,
     NonFiniteError,
 )
+from .metrics import Metric, label_count, metric_value
 from .randomness import reseed
 from .vectors import Layout, Selection, check_vector, select_parameters
+from .weights import check_weight, count_terms, example_count, hides_labels, is_sum
 
-__all__ = ["Metric", "Objective", "accuracy", "check_objective"]
+__all__ = ["Objective", "check_objective"]
 
-Metric = Callable[[Any, Any], "Tensor | float"]
-"""`metric(output, target)` → its mean over the batch's examples (or labels ≠ −100)."""
 
 BatchPart = Callable[[Tensor, list[Tensor]], Tensor]
 """`part(ℓ_b with its graph, leaves)` → what the batch adds, linear in ℓ_b: a vector or a matrix."""
@@ -36,36 +36,6 @@ def check_objective(call: str, objective: object) -> Objective:
     """`objective` when it is one."""
     advice = "Make one with fm.Objective(model, loss_fn, data)."
     return check_instance(call, "objective", objective, Objective, advice)
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Fraction of the labels that the largest output names.
-
-    Args:
-        output: class scores, shape (N, C) or (N, C, d₁, …); a single column is a binary logit.
-        target: labels, shape (N,) or (N, d₁, …); labels of −100 are left out. Floating-point
-            targets of the output's shape are read as class probabilities.
-
-    Returns:
-        A scalar tensor in [0, 1].
-
-    Examples:
-        >>> import torch, flatminima as fm
-        >>> scores = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
-        >>> round(fm.accuracy(scores, torch.tensor([0, 1, 1])).item(), 4)
-        0.6667
-    """
-    if target.dtype.is_floating_point and target.shape == output.shape and output.dim() > 1:
-        if output.shape[1] > 1:
-            target = target.argmax(dim=1)
-        else:
-            return ((output > 0) == (target > 0.5)).double().mean()
-    if output.dim() == target.dim():
-        return ((output > 0) == (target > 0.5)).double().mean()
-    kept = target != -100
-    guess = (output[:, 0] > 0).to(target.dtype) if output.shape[1] == 1 else output.argmax(dim=1)
-    hits: Tensor = (guess == target)[kept]
-    return hits.double().mean()
 
 
 class _Buffers:
@@ -294,10 +264,10 @@ class Objective:
                     reseed(batch.index)
                     loss, output, target = self._forward(batch, tensors, buffers)
                     for name, metric in metrics.items():
-                        count = _label_count(target)
+                        count = label_count(target)
                         count = batch.weight if count is None else count
                         if count > 0:
-                            sums[name] += count * _metric_value(name, metric(output, target))
+                            sums[name] += count * metric_value(name, metric(output, target))
                             counts[name] += count
                 losses.append(loss.detach())
                 weights.append(1.0 if self._is_sum else batch.weight)
@@ -421,6 +391,12 @@ class Objective:
             return check_weight(self._weight(data), index)
         if self._loss_fn is not None:
             count = count_terms(self._loss_fn, target)
+        elif hides_labels(data):
+            raise InvalidArgumentError(
+                f"Batch {index} has labels of −100, which a mean loss leaves out, so it does not "
+                "count by its examples; give weight=lambda batch: (batch['labels'] != "
+                "-100).sum(), with labels[:, 1:] where the model shifts them."
+            )
         else:
             count = example_count(data)
         if count is None:
@@ -518,21 +494,6 @@ def _split(data: Any, index: int) -> tuple[Any, Any]:
         "pairs; say what to do with it by batch_loss=lambda model, batch: ... in place of "
         "loss_fn. (Two tensors with all inputs and all targets go into a tuple, not a list.)"
     )
-
-
-def _metric_value(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise LossNotScalarError(
-            f"The metric {name!r} gave shape {tuple(value.shape)}, not one value; return its mean "
-            "over the batch."
-        )
-    return float(value.detach() if isinstance(value, Tensor) else value)
-
-
-def _label_count(target: Any) -> float | None:
-    if isinstance(target, Tensor) and not target.dtype.is_floating_point:
-        return float((target != -100).sum().item())
-    return example_count(target)
 
 
 def _weighted(losses: list[Tensor], weights: list[float]) -> list[float]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
-from ..objective import Metric, Objective, check_objective
+from ..metrics import Metric
+from ..objective import Objective, check_objective
 from ..progress import progress_bar
 from ..results import Outcome, Result, Table, format_number
 from ..vectors import check_vector
