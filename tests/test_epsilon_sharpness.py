@@ -269,10 +269,6 @@ def test_no_random_point_of_the_box_lies_higher(name, epsilon, problem):
     assert result.value >= 0
 
 
-# Ten iterations from z = 0 and some of the 2⁵ corners miss the best corner here.
-MISSED = {"net 0 trained": 3}
-
-
 @pytest.mark.parametrize("epsilon", [1e-3, 5e-4])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_no_random_point_of_the_box_in_a_subspace_lies_higher(name, epsilon, problem):
@@ -282,26 +278,25 @@ def test_no_random_point_of_the_box_in_a_subspace_lies_higher(name, epsilon, pro
         objective.size, p, seed=2, dtype=objective.dtype, device=objective.device
     )
     h = epsilon * (basis.coordinates(objective.point()).abs() + 1)
-    result = fm.epsilon_sharpness(
-        objective, epsilon=epsilon, subspace=p, seed=2, restarts=MISSED.get(name, 0)
-    )
+    result = fm.epsilon_sharpness(objective, epsilon=epsilon, subspace=p, seed=2)
     best = max(objective.loss_at(basis.expand(z)) for z in random_points(h, 3))
     assert result.maximum >= best - 1e-15
     assert result.value >= 0
 
 
-def test_exact_minimum_with_enough_restarts_gives_the_best_of_all_corners():
+def test_exact_minimum_gives_the_best_of_all_corners():
     # A convex function is largest at a corner; here nearly every corner is a local maximum.
     objective = regression_at_its_minimum()
     h = half_width(objective, 1e-3)
     corners = itertools.product((-1.0, 1.0), repeat=objective.size)
     best = max(objective.loss_at(h * torch.tensor(c, dtype=torch.float64)) for c in corners)
-    result = fm.epsilon_sharpness(objective, restarts=99)
+    result = fm.epsilon_sharpness(objective)
     assert result.maximum == pytest.approx(best, rel=1e-14)
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 5e-4])
-def test_what_is_left_of_the_iterations_is_spent_on_other_corners(epsilon):
+def test_what_is_left_of_the_iterations_is_spent_on_other_corners(epsilon, monkeypatch):
+    monkeypatch.setattr(measure_module, "CLIMBS", 0)
     # At a minimum a start ends after an iteration or two, in an arbitrary local maximum.
     objective = exactly_stationary()
     first = fm.epsilon_sharpness(objective, epsilon=epsilon, iterations=1)
@@ -438,7 +433,8 @@ def test_top_of_a_hill_has_no_ascent_and_a_zero_displacement(subspace):
     assert not result.displacement.any()
 
 
-def test_iteration_limit_is_told():
+def test_iteration_limit_is_told(monkeypatch):
+    monkeypatch.setattr(measure_module, "CLIMBS", 0)
     result = fm.epsilon_sharpness(build("conv_batch_norm").objective(), epsilon=0.1, iterations=2)
     assert result.outcome is fm.Outcome.ITERATION_LIMIT
 

@@ -18,6 +18,11 @@ from ..vectors import GaussianSubspace
 
 __all__ = ["SharpnessResult", "epsilon_sharpness"]
 
+FEW_PARAMETERS = 64
+CLIMBS = 8
+"""For so few parameters, random points of the box compete with a gradient method; corners are
+searched coordinate by coordinate too, from so many of them."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SharpnessResult(Result):
@@ -90,7 +95,9 @@ def epsilon_sharpness(
     neither where it starts nor how the problem is scaled; here it starts from z = 0, in units of
     the box (see `optimize.box`). Where it ends in a local maximum before its iterations are used,
     the rest of them starts from random corners of the box: near a minimum nearly every direction
-    leads upwards, and the first is not the steepest. The value is that of the best point evaluated.
+    leads upwards, and the first is not the steepest. In models of at most 64 parameters, where
+    random points can compete, single coordinates of some corners are flipped besides as long as
+    that raises the loss. The value is that of the best point evaluated.
 
     Args:
         objective: what is maximised.
@@ -170,6 +177,7 @@ def epsilon_sharpness(
             half_width,
             iterations=iterations,
             restarts=restarts,
+            climbs=CLIMBS if objective.size <= FEW_PARAMETERS else 0,
             seed=seed,
             on_evaluation=advance,
         )

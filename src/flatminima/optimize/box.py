@@ -50,6 +50,7 @@ def maximize_over_box(
     *,
     iterations: int,
     restarts: int = 0,
+    climbs: int = 0,
     seed: Seed = 0,
     on_evaluation: Callable[[float], None],
 ) -> BoxMaximum:
@@ -68,7 +69,10 @@ def maximize_over_box(
         half_width: h (n,), not negative.
         iterations: of L-BFGS-B, all starts together; a start takes one at least.
         restarts: how many times more the same number of iterations, from random corners alone.
-        seed: of those corners.
+        climbs: number of corners, the best point's and then random ones, of which single
+            coordinates are flipped as long as that raises the function; a pass over the
+            coordinates costs n evaluations, so this is for few dimensions.
+        seed: of the random corners.
         on_evaluation: called with the best value after each evaluation.
     """
     from scipy.optimize import minimize
@@ -81,17 +85,20 @@ def maximize_over_box(
     on_evaluation(best_value)
     scale = GRADIENT_SCALE / slope if slope > 0 else 1.0
 
-    def negated(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def evaluated(point: Tensor) -> tuple[float, Tensor]:
         nonlocal best_value, best_point, evaluations
+        value, gradient = function(point)
+        evaluations += 1
+        if value > best_value and math.isfinite(value):
+            best_value, best_point = value, point
+        on_evaluation(best_value)
+        return value, gradient
+
+    def negated(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         if not u.any():
             value, gradient = start_value, start_gradient
         else:
-            point = half_width * torch.as_tensor(u.copy()).to(half_width)
-            value, gradient = function(point)
-            evaluations += 1
-            if value > best_value and math.isfinite(value):
-                best_value, best_point = value, point
-            on_evaluation(best_value)
+            value, gradient = evaluated(half_width * torch.as_tensor(u.copy()).to(half_width))
             if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
                 raise _NotFiniteError
         downhill = (-scale * (gradient * half_width).double()).cpu().numpy()
@@ -114,6 +121,22 @@ def maximize_over_box(
         stopped = Outcome.ITERATION_LIMIT if found.nit >= allowed else Outcome.STATIONARY
         return stopped, max(1, int(found.nit))
 
+    def climb(corner: Tensor) -> None:
+        height = evaluated(corner)[0]
+        improved = True
+        while improved:
+            improved = False
+            for i in range(size):
+                other = corner.clone()
+                other[i] = -other[i]
+                value = evaluated(other)[0]
+                if value > height:
+                    corner, height, improved = other, value, True
+
+    def random_signs() -> Tensor:
+        bits = torch.randint(2, (size,), generator=generator, device=generator.device)
+        return 2 * bits.to(half_width) - 1
+
     generator = as_generator(seed, half_width.device)
     at_center = slope > 0
     outcome, unbounded = Outcome.NO_ASCENT, False
@@ -122,8 +145,7 @@ def maximize_over_box(
         while left > 0:
             start = np.zeros(size)
             if not at_center:
-                signs = torch.randint(2, (size,), generator=generator, device=generator.device)
-                start = 2.0 * signs.double().cpu().numpy() - 1.0
+                start = random_signs().double().cpu().numpy()
             before = best_value
             stopped, used = run(start, left)
             left -= used
@@ -131,6 +153,12 @@ def maximize_over_box(
             unbounded = unbounded or stopped is Outcome.UNBOUNDED
             if best_value > before:
                 outcome = stopped
+    searched = best_value
+    for i in range(climbs):
+        signs = random_signs() if i else torch.where(best_point < 0, -1.0, 1.0).to(half_width)
+        climb(half_width * signs)
+    if best_value > searched:
+        outcome = Outcome.STATIONARY
     if unbounded:
         outcome = Outcome.UNBOUNDED
     return BoxMaximum(best_point, best_value, evaluations, outcome)
