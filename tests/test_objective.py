@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
+from integrity import untouched
 from zoo import NAMES, Transposed, build, cut, exact_gradient, exact_loss, settle_batch_norm
 
 # ------------------------------------------------------------------------- values by hand
@@ -699,7 +700,7 @@ def test_both_loss_fn_and_batch_loss_are_refused():
 @pytest.mark.parametrize("argument", ["loss_fn", "batch_loss", "weight"])
 def test_functions_must_be_callable(argument):
     options = {"loss_fn": None if argument == "batch_loss" else F.mse_loss, argument: "mse"}
-    with pytest.raises(fm.ArgumentTypeError, match=f"'{argument}' argument.*callable; got 'mse'"):
+    with pytest.raises(fm.ArgumentTypeError, match=f"'{argument}' argument.*callable; got a str"):
         objective_with(**options)
 
 
@@ -812,3 +813,138 @@ def test_accuracy_over_positions():
     labels[0, 0] = -100
     labels[1, :3] = (labels[1, :3] + 1) % 5
     assert fm.accuracy(scores, labels).item() == pytest.approx(20 / 23)
+
+
+# ------------------------------------------------------- models that write where they should not
+
+
+class HalvesItsInput(nn.Linear):
+    def forward(self, x):
+        x /= 2
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_forward_that_writes_to_its_input_changes_neither_value_nor_data(cache):
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 4), torch.randn(7, 2)
+    model, kept = HalvesItsInput(4, 2), x.clone()
+    expected = F.mse_loss(F.linear(x / 2, model.weight, model.bias), y).item()
+    objective = fm.Objective(model, nn.MSELoss(), (x, y), cache=cache, batch_size=3)
+    values = [objective.loss() for _ in range(4)]
+    assert values == [values[0]] * 4
+    assert values[0] == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(x, kept)
+
+
+def test_a_forward_that_writes_to_its_parameters_does_not_reach_the_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 2))
+    data = torch.randint(5, (6, 2)), torch.randint(2, (6,))
+    objective = fm.Objective(model, nn.CrossEntropyLoss(), data)
+    with untouched(model, data):
+        first = objective.loss(), objective.gradient()
+        objective.loss_at(torch.full((objective.size,), 0.1))
+        fm.HessianOperator(objective) @ torch.ones(objective.size)
+        second = objective.loss(), objective.gradient()
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+
+
+def test_parameters_that_are_replaced_are_followed():
+    torch.manual_seed(0)
+    model, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    data = torch.randn(5, 3), torch.randn(5, 1)
+    objective = fm.Objective(model, nn.MSELoss(), data)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert objective.loss() == fm.Objective(other, nn.MSELoss(), data).loss()
+
+
+def test_a_model_of_another_type_needs_a_new_objective():
+    model = nn.Linear(3, 1)
+    objective = fm.Objective(model, nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 1)))
+    model.double()
+    with pytest.raises(fm.StateMismatchError, match=r"'weight'.*new Objective"):
+        objective.loss()
+
+
+def test_ignored_labels_in_an_unknown_loss_need_a_weight():
+    data = torch.randn(6, 3), torch.tensor([0, 1, -100, 2, 1, -100])
+    with pytest.raises(fm.InvalidArgumentError, match="weight="):
+        fm.Objective(nn.Linear(3, 3), lambda o, t: F.cross_entropy(o, t), data)
+    weighted = fm.Objective(
+        nn.Linear(3, 3),
+        lambda o, t: F.cross_entropy(o, t),
+        data,
+        weight=lambda batch: (batch[1] != -100).sum(),
+    )
+    assert weighted.batches.total_weight == 4
+
+
+def test_ignored_labels_in_a_mapping_need_a_weight():
+    batch = {"x": torch.randn(2, 3), "labels": torch.tensor([1, -100])}
+    with pytest.raises(fm.InvalidArgumentError, match="labels of −100"):
+        fm.Objective(
+            nn.Linear(3, 3),
+            data=[batch],
+            batch_loss=lambda m, b: F.cross_entropy(m(b["x"]), b["labels"]),
+        )
+
+
+def test_a_gradient_that_is_not_finite_names_the_parameter():
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+    with pytest.raises(fm.NonFiniteError, match=r"gradient by 'weight'"):
+        fm.Objective(
+            model, lambda o, t: model_root(model), (torch.ones(2, 1), torch.zeros(2, 1))
+        ).gradient()
+
+
+def model_root(model):
+    return model.weight.abs().sum().sqrt() * 1.0
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "expected"),
+    [
+        (torch.eye(3) * 5 - 1, torch.tensor([[0], [1], [2]]), 1.0),
+        (torch.tensor([[2.0], [-1.0], [3.0]]), torch.tensor([1, 0, 0]), 2 / 3),
+        (torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0]), 0.5),
+        (torch.eye(2), torch.tensor([[0.1, 0.9], [0.2, 0.8]]), 0.5),
+        (torch.eye(2), torch.tensor([0, -100]), 1.0),
+        (torch.zeros(1, 2, 2) + torch.tensor([0.0, 1.0]), torch.tensor([[0, 0]]), 1.0),
+    ],
+)
+def test_accuracy_reads_each_kind_of_label(output, target, expected):
+    assert fm.accuracy(output, target).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("target", [torch.tensor([0, 1]), torch.zeros(3, 2)])
+def test_accuracy_refuses_labels_that_do_not_fit(target):
+    with pytest.raises(fm.ShapeError, match="scores"):
+        fm.accuracy(torch.eye(3), target)
+
+
+@pytest.mark.parametrize("size_average", [True, False])
+def test_the_old_name_of_the_reduction_is_understood(size_average):
+    torch.manual_seed(0)
+    model, data = nn.Linear(3, 2), (torch.randn(7, 3), torch.randn(7, 2))
+    loss_fn = functools.partial(F.mse_loss, size_average=size_average)
+    with pytest.warns(UserWarning, match="size_average"):
+        value = fm.Objective(model, loss_fn, data, batch_size=3).loss()
+    assert value == pytest.approx(F.mse_loss(model(data[0]), data[1]).item(), rel=1e-6)
+
+
+def test_attention_without_a_second_derivative_is_named():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    data = [(torch.randn(2, 3, 4), torch.zeros(()))]
+    objective = fm.Objective(
+        layer,
+        data=data,
+        batch_loss=lambda m, b: m(b[0], b[0], b[0], need_weights=False)[0].sum(),
+        weight=lambda batch: 2,
+    )
+    with pytest.raises(fm.NotTwiceDifferentiableError, match="scaled_dot_product") as caught:
+        fm.HessianOperator(objective) @ torch.ones(objective.size)
+    assert isinstance(caught.value.__cause__, RuntimeError)

@@ -200,7 +200,7 @@ def test_errors_say_what_they_are(report):
     kinds = {line.name: line.error_kind for line in report.measurements()}
     assert kinds["trace of the Hessian"] == "standard error"
     assert kinds["λ₁ largest eigenvalue"] == kinds["λₙ smallest eigenvalue"] == "residual"
-    assert kinds["random-perturbation sharpness, ε = 0.001"] == "rounding"
+    assert kinds["random-perturbation sharpness, ε = 0.001"] == "std"
     assert kinds["loss L(θ)"] == ""
 
 
@@ -371,7 +371,7 @@ def test_several_seeds_are_mean_and_standard_deviation():
     assert comparison.standard_deviation("small", LOSS) == pytest.approx(math.sqrt(7))
     assert comparison.ratio_of_means["large"] == (10.0,)
     assert comparison.table().rows[0] == (LOSS, "3 ± 2.6", "30", "10")
-    assert "over 3 seeds" in repr(comparison)
+    assert "over 3 (small), 1 (large) seeds" in repr(comparison)
 
 
 def test_one_report_has_no_standard_deviation():

@@ -302,6 +302,7 @@ class Batches:
     def _changed(what: str) -> DataChangedError:
         return DataChangedError(
             f"Reading the data again gave other batches than the first time ({what}): shuffling "
-            "or augmentation with a random state of its own. Without the same data there is no "
-            "one objective to measure; switch it off, or keep the first reading with cache=True."
+            "or augmentation with a random state of its own, or persistent worker processes. "
+            "Without the same data there is no one objective to measure; switch it off, or keep "
+            "the first reading with cache=True."
         )

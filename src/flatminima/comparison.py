@@ -33,7 +33,6 @@ class Comparison(Result):
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.ones_(model.weight)
         >>> data = torch.eye(2), torch.zeros(2, 1)
-        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
         >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["trace"])
         >>> comparison = fm.compare({"one": report, "same": report})
         >>> comparison.ratio_of_means["same"]
@@ -63,7 +62,11 @@ class Comparison(Result):
             ratios = [format_number(self.ratio_of_means[n][i], 3) for n in self.labels[1:]]
             rows.append((measure, *cells, *ratios))
         count = max(len(self.values[label][0]) for label in self.labels)
-        spread = (f"Mean ± standard deviation over {count} seeds.",) if count > 1 else ()
+        counts = {label: len(self.values[label][0]) for label in self.labels}
+        over = ", ".join(f"{n} ({label})" for label, n in counts.items())
+        if len(set(counts.values())) == 1:
+            over = str(count)
+        spread = (f"Mean ± standard deviation over {over} seeds.",) if count > 1 else ()
         return Table(tuple(header), tuple(rows), notes=spread + self.notes)
 
     def _reports(self, label: str, measure: str) -> tuple[float, ...]:
@@ -104,7 +107,7 @@ def compare(reports: Mapping[str, SharpnessReport | Sequence[SharpnessReport]]) 
         A table of the measurements that all reports share.
 
     Raises:
-        InvalidArgumentError: fewer than two labels, an empty list, or nothing in common.
+        InvalidArgumentError: fewer than two labels, or an empty list.
         ArgumentTypeError: something that is not a report.
 
     Examples:
@@ -173,6 +176,10 @@ def _doubts(series: Mapping[str, Sequence[SharpnessReport]]) -> tuple[str, ...]:
         if len(set().union(*found.values())) > 1:
             each = "; ".join(f"{label}: {', '.join(sorted(v))}" for label, v in found.items())
             notes.append(f"The reports differ in {name} ({each}), so they may not compare.")
+    names = [{m.name for m in r.measurements()} for several in series.values() for r in several]
+    dropped = sorted(names[0].union(*names) - names[0].intersection(*names))
+    if dropped:
+        notes.append("Not in all reports, and left out: " + "; ".join(dropped) + ".")
     for label, several in series.items():
         for line in several[0].measurements():
             outcomes = [m.outcome for r in several for m in r.measurements() if m.name == line.name]

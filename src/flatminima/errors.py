@@ -22,6 +22,7 @@ __all__ = [
     "LossNotScalarError",
     "NonFiniteError",
     "NotSymmetricError",
+    "NotTwiceDifferentiableError",
     "OneShotDataError",
     "ParameterSelectionError",
     "ShapeError",
@@ -210,6 +211,25 @@ class NotSymmetricError(FlatMinimaError, ValueError):
         ... except fm.NotSymmetricError as error:
         ...     print(error)
         MatrixOperator takes a symmetric matrix; this one differs from its transpose by ...
+    """
+
+
+class NotTwiceDifferentiableError(FlatMinimaError, RuntimeError):
+    """An operation of the model or the loss has no second derivative in PyTorch.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> class Attention(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         x = super().forward(x).view(1, 1, 2, 4)
+        ...         return torch.nn.functional.scaled_dot_product_attention(x, x, x).sum()
+        >>> data = [(torch.ones(2, 4), torch.zeros(()))]
+        >>> objective = fm.Objective(Attention(4, 4), torch.nn.MSELoss(), data)
+        >>> try:
+        ...     fm.HessianOperator(objective) @ torch.ones(20)
+        ... except fm.NotTwiceDifferentiableError as error:
+        ...     print(error)
+        PyTorch has no second derivative of ...scaled_dot_product...
     """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import LossNotScalarError
+from .errors import ArgumentTypeError, LossNotScalarError, ShapeError
 from .weights import example_count
 
 __all__ = ["Metric", "accuracy", "label_count", "metric_value"]
@@ -27,22 +27,32 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar tensor in [0, 1].
 
+    Raises:
+        ShapeError: the labels do not fit the scores.
+
     Examples:
         >>> import torch, flatminima as fm
         >>> scores = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
         >>> round(fm.accuracy(scores, torch.tensor([0, 1, 1])).item(), 4)
         0.6667
     """
-    if target.dtype.is_floating_point and target.shape == output.shape and output.dim() > 1:
-        if output.shape[1] > 1:
-            target = target.argmax(dim=1)
-        else:
-            return ((output > 0) == (target > 0.5)).double().mean()
-    if output.dim() == target.dim():
-        return ((output > 0) == (target > 0.5)).double().mean()
-    kept = target != -100
-    guess = (output[:, 0] > 0).to(target.dtype) if output.shape[1] == 1 else output.argmax(dim=1)
-    hits: Tensor = (guess == target)[kept]
+    binary = output.dim() == 1 or output.shape[1] == 1
+    if binary and target.numel() == output.numel():
+        # One logit for each example: labels of 0 and 1, or their probabilities.
+        flat = target.reshape(output.shape)
+        kept = flat != -100
+        return ((output > 0) == (flat > 0.5))[kept].double().mean()
+    if target.dtype.is_floating_point and target.shape == output.shape:
+        target = target.argmax(dim=1)
+    if target.dim() == output.dim() and target.shape[1] == 1:
+        target = target.squeeze(1)
+    wanted = output.shape[:1] + output.shape[2:]
+    if output.dim() < 2 or target.dtype.is_floating_point or target.shape != wanted:
+        raise ShapeError(
+            f"accuracy takes scores (N, C, ...) and labels (N, ...); got {tuple(output.shape)} "
+            f"and {tuple(target.shape)} of {target.dtype}."
+        )
+    hits: Tensor = (output.argmax(dim=1) == target)[target != -100]
     return hits.double().mean()
 
 
@@ -53,7 +63,10 @@ def metric_value(name: str, value: Any) -> float:
             f"The metric {name!r} gave shape {tuple(value.shape)}, not one value; return its mean "
             "over the batch."
         )
-    return float(value.detach() if isinstance(value, Tensor) else value)
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"The metric {name!r} gave {value!r}, not a number.") from error
 
 
 def label_count(target: Any) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from .errors import (
     InvalidArgumentError,
     LossNotScalarError,
     NonFiniteError,
+    StateMismatchError,
 )
 from .metrics import Metric, label_count, metric_value
+from .nested import tensors_in, to_device
 from .randomness import reseed
 from .vectors import Layout, Selection, check_vector, select_parameters
 from .weights import check_weight, count_terms, example_count, hides_labels, is_sum
@@ -38,20 +41,27 @@ def check_objective(call: str, objective: object) -> Objective:
     return check_instance(call, "objective", objective, Objective, advice)
 
 
-class _Buffers:
-    """Private copies of a model's buffers, made again when a forward has written to them."""
+class _Copies:
+    """Private tensors in place of a model's own, made again when a forward has written to them."""
 
-    def __init__(self, originals: dict[str, Tensor]) -> None:
-        self._originals = originals
-        self._copies = {name: tensor.detach().clone() for name, tensor in originals.items()}
-        self._versions = {name: t._version for name, t in self._copies.items()}
+    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
+        self._make = make
+        self._renew()
+
+    def _renew(self) -> None:
+        self._tensors = self._make()
+        self._versions = [t._version for t in self._tensors.values()]
 
     def fresh(self) -> dict[str, Tensor]:
-        for name, copy in self._copies.items():
-            if copy._version != self._versions[name]:
-                self._copies[name] = self._originals[name].detach().clone()
-                self._versions[name] = self._copies[name]._version
-        return self._copies
+        if any(
+            t._version != v for t, v in zip(self._tensors.values(), self._versions, strict=True)
+        ):
+            self._renew()
+        return self._tensors
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 class Objective:
@@ -143,7 +153,8 @@ class Objective:
         ):
             if function is not None and not callable(function):
                 raise ArgumentTypeError(
-                    f"The {name!r} argument of Objective must be callable; got {function!r}."
+                    f"The {name!r} argument of Objective must be callable; got a "
+                    f"{type(function).__name__}."
                 )
         if data is None:
             raise InvalidArgumentError(
@@ -152,13 +163,14 @@ class Objective:
             )
         self.mode = check_choice("Objective", "mode", mode, ("eval", "train", "keep"))
         self.model = model
-        self.parameters = select_parameters(model, params)
-        self.layout = Layout.of(self.parameters)
+        selected = select_parameters(model, params)
+        self.layout = Layout.of(selected)
         self._loss_fn, self._weight = loss_fn, weight
         self._forward_module = _Forward(model, loss_fn, batch_loss)
         self._is_sum = loss_fn is not None and is_sum(loss_fn)
         self._check_devices(device)
         self.examples = 0
+        self._input_is_written: bool | None = None
         self.batches = Batches(
             data,
             device=self.device,
@@ -184,6 +196,25 @@ class Objective:
     def device(self) -> torch.device:
         """Where model, data and vectors are."""
         return self.layout.device
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The selected parameters by name, as the model has them now.
+
+        Raises:
+            StateMismatchError: they are no longer of the shape, type or device that they had.
+        """
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        layout = self.layout
+        for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True):
+            now = own.get(name)
+            if now is None or (now.shape, now.dtype, now.device) != (shape, dtype, layout.device):
+                found = "gone" if now is None else f"{tuple(now.shape)}, {now.dtype}, {now.device}"
+                raise StateMismatchError(
+                    f"The parameter {name!r} was {tuple(shape)}, {dtype}, {layout.device} when the "
+                    f"Objective was made and is now {found}; make a new Objective."
+                )
+        return {name: own[name] for name in layout.names}
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__
@@ -229,6 +260,13 @@ class Objective:
 
         value, gradient = self.sum_over_batches(part, shift, check=displacement is None)
         assert gradient is not None
+        if displacement is None and not bool(torch.isfinite(gradient).all()):
+            places = self.layout.slices()
+            name = next(n for n, place in places if not torch.isfinite(gradient[place]).all())
+            raise NonFiniteError(
+                f"The gradient by {name!r} holds NaN or infinity although the loss is {value:.4g}; "
+                "look for a root or a norm of zero in the model or the loss."
+            )
         return value, gradient
 
     def evaluate_state(
@@ -251,27 +289,25 @@ class Objective:
                 "there is no output to judge."
             )
         own = self._detached_parameters()
-        tensors = {name: state.get(name, p).detach() for name, p in own.items()}
-        originals = {n: state.get(n, b) for n, b in self.model.named_buffers()}
+        given = {name: state.get(name, p) for name, p in own.items()}
+        buffers = {name: state.get(name, b) for name, b in self.model.named_buffers()}
         sums = dict.fromkeys(metrics, 0.0)
         counts = dict.fromkeys(metrics, 0.0)
-        losses: list[Tensor] = []
-        weights: list[float] = []
-        with self._evaluation(), self.batches.reading() as stream:
-            buffers = _Buffers(originals)
-            for batch in stream:
-                with located(batch.index):
-                    reseed(batch.index)
-                    loss, output, target = self._forward(batch, tensors, buffers)
-                    for name, metric in metrics.items():
-                        count = label_count(target)
-                        count = batch.weight if count is None else count
-                        if count > 0:
-                            sums[name] += count * metric_value(name, metric(output, target))
-                            counts[name] += count
-                losses.append(loss.detach())
-                weights.append(1.0 if self._is_sum else batch.weight)
-        value = _sum(_weighted(losses, weights)) / self.batches.total_weight
+
+        def measure(batch: Batch, output: Any, target: Any) -> None:
+            count = label_count(target)
+            count = batch.weight if count is None else count
+            for name, metric in metrics.items():
+                if count > 0:
+                    sums[name] += count * metric_value(name, metric(output, target))
+                    counts[name] += count
+
+        value = self._mean_loss(
+            lambda: _cloned(given),
+            buffers,
+            lambda batch, loss, output, target, leaves: measure(batch, output, target),  # noqa: ARG005
+            check=False,
+        )
         return value, {n: sums[n] / counts[n] if counts[n] else math.nan for n in sums}
 
     # ----------------------------------------------------------------------- for other rooms
@@ -291,41 +327,29 @@ class Objective:
         Returns:
             L(θ + δ), added up in float64, and Σ_b w_b part_b / Σ_b w_b (None without `part`).
         """
-        losses: list[Tensor] = []
-        weights: list[float] = []
-        indices: list[int] = []
         total: Tensor | None = None
-        with self._evaluation(), self.batches.reading() as stream:
-            leaves = self._leaves(displacement, differentiable=part is not None)
-            buffers = _Buffers(dict(self.model.named_buffers()))
-            replaced = dict(zip(self.layout.names, leaves, strict=True))
+
+        def add(batch: Batch, loss: Tensor, leaves: dict[str, Tensor]) -> None:
+            nonlocal total
             if part is None:
-                replaced = {**self._detached_parameters(), **replaced}
-            for batch in stream:
-                weight = 1.0 if self._is_sum else batch.weight
-                with located(batch.index):
-                    reseed(batch.index)
-                    loss, _, _ = self._forward(batch, replaced, buffers)
-                    if part is not None:
-                        self._check_graph(loss, batch)
-                        # Weighted only now: a half-precision loss times a large weight is inf.
-                        added = part(loss, leaves)
-                        total = (
-                            added.mul_(weight) if total is None else total.add_(added, alpha=weight)
-                        )
-                losses.append(loss.detach())
-                weights.append(weight)
-                indices.append(batch.index)
-        values = _weighted(losses, weights)
-        if check:
-            for index, value in zip(indices, values, strict=True):
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"The loss of batch {index} is {value}; look for NaN in that batch, a "
-                        "diverged model, or a logarithm of zero in the loss."
-                    )
-        whole = self.batches.total_weight
-        return _sum(values) / whole, None if total is None else total.div_(whole)
+                return
+            self._check_graph(loss, batch)
+            # Weighted only now: a half-precision loss times a large weight is inf.
+            added = part(loss, [leaves[name] for name in self.layout.names])
+            weight = 1.0 if self._is_sum else batch.weight
+            total = added.mul_(weight) if total is None else total.add_(added, alpha=weight)
+
+        def replaced() -> dict[str, Tensor]:
+            leaves = self._leaves(displacement, differentiable=part is not None)
+            return leaves if part is not None else self._detached_parameters() | leaves
+
+        value = self._mean_loss(
+            replaced,
+            dict(self.model.named_buffers()),
+            lambda batch, loss, output, target, leaves: add(batch, loss, leaves),  # noqa: ARG005
+            check=check,
+        )
+        return value, None if total is None else total.div_(self.batches.total_weight)
 
     # -------------------------------------------------------------------------------- private
 
@@ -334,12 +358,66 @@ class Objective:
             f"Objective.{call}", displacement, size=self.size, dtype=self.dtype, device=self.device
         )
 
-    def _leaves(self, displacement: Tensor | None, *, differentiable: bool) -> list[Tensor]:
-        if displacement is None:
-            values = [p.detach() for p in self.parameters.values()]
-        else:
-            values = self.layout.unflatten(self.point().add_(displacement))
-        return [v.detach().requires_grad_(differentiable) for v in values]
+    def _mean_loss(
+        self,
+        parameters: Callable[[], dict[str, Tensor]],
+        buffers: Mapping[str, Tensor],
+        visit: Callable[[Batch, Tensor, Any, Any, dict[str, Tensor]], None],
+        *,
+        check: bool,
+    ) -> float:
+        """Σ_b w_b ℓ_b / Σ_b w_b in float64: the loop over the batches.
+
+        `parameters` makes private tensors to evaluate with, `buffers` are copied; `visit` is shown
+        each batch's loss, output, target and the parameters that they were computed with.
+        """
+        losses: list[Tensor] = []
+        weights: list[float] = []
+        indices: list[int] = []
+        written = False
+        with self._evaluation(), self.batches.reading() as stream:
+            leaves, private = _Copies(parameters), _Copies(lambda: _cloned(buffers))
+            for batch in stream:
+                with located(batch.index):
+                    batch, before = self._guarded(batch)
+                    reseed(batch.index)
+                    tensors = leaves.fresh()
+                    loss, output, target = self._forward(batch, tensors | private.fresh())
+                    visit(batch, loss, output, target, tensors)
+                    written = written or before != _versions(batch.data)
+                losses.append(loss.detach())
+                weights.append(1.0 if self._is_sum else batch.weight)
+                indices.append(batch.index)
+        if self._input_is_written is not True:
+            self._input_is_written = written
+        # One transfer for all batches: reading each loss as it comes would stall a GPU.
+        values = torch.stack(losses).cpu().double().tolist()
+        for index, value in zip(indices, values, strict=True):
+            if check and not math.isfinite(value):
+                raise NonFiniteError(
+                    f"The loss of batch {index} is {value}; look for NaN in that batch, a "
+                    "diverged model, or a logarithm of zero in the loss."
+                )
+        terms = [w * v for w, v in zip(weights, values, strict=True)]
+        return _sum(terms) / self.batches.total_weight
+
+    def _guarded(self, batch: Batch) -> tuple[Batch, list[int]]:
+        """The batch, copied unless a pass has shown that the model leaves its input alone."""
+        if self._input_is_written is not False:
+            data = to_device(batch.data, self.device, duplicate=True)
+            batch = dataclasses.replace(batch, data=data)
+        return batch, _versions(batch.data)
+
+    def _leaves(self, displacement: Tensor | None, *, differentiable: bool) -> dict[str, Tensor]:
+        """The selected parameters at θ + δ, in memory of their own."""
+        point = self.point()
+        if displacement is not None:
+            point += displacement
+        pieces = self.layout.unflatten(point)
+        return {
+            name: piece.detach().requires_grad_(differentiable)
+            for name, piece in zip(self.layout.names, pieces, strict=True)
+        }
 
     def _detached_parameters(self) -> dict[str, Tensor]:
         """Every parameter of the model, selected or not, without a graph.
@@ -349,12 +427,10 @@ class Objective:
         """
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
-    def _forward(
-        self, batch: Batch, replaced: dict[str, Tensor], buffers: _Buffers
-    ) -> tuple[Tensor, Any, Any]:
+    def _forward(self, batch: Batch, tensors: dict[str, Tensor]) -> tuple[Tensor, Any, Any]:
         """The batch's loss, the model's output and the target (None under `batch_loss`)."""
-        tensors = {f"model.{n}": t for n, t in {**replaced, **buffers.fresh()}.items()}
-        loss, output, target = functional_call(self._forward_module, tensors, (batch,))
+        replaced = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        loss, output, target = functional_call(self._forward_module, replaced, (batch,))
         return self._checked_loss(loss, batch), output, target
 
     @staticmethod
@@ -389,14 +465,14 @@ class Objective:
         self.examples += example_count(data) or example_count(target) or 0
         if self._weight is not None:
             return check_weight(self._weight(data), index)
-        if self._loss_fn is not None:
-            count = count_terms(self._loss_fn, target)
-        elif hides_labels(data):
+        if hides_labels(self._loss_fn, data, target):
             raise InvalidArgumentError(
                 f"Batch {index} has labels of −100, which a mean loss leaves out, so it does not "
                 "count by its examples; give weight=lambda batch: (batch['labels'] != "
-                "-100).sum(), with labels[:, 1:] where the model shifts them."
+                "-100).sum() (or of batch[1]), with labels[:, 1:] where the model shifts them."
             )
+        if self._loss_fn is not None:
+            count = count_terms(self._loss_fn, target)
         else:
             count = example_count(data)
         if count is None:
@@ -496,10 +572,9 @@ def _split(data: Any, index: int) -> tuple[Any, Any]:
     )
 
 
-def _weighted(losses: list[Tensor], weights: list[float]) -> list[float]:
-    """w_b ℓ_b in float64; one transfer, as reading each loss as it comes would stall a GPU."""
-    values = torch.stack(losses).cpu().double().tolist()
-    return [w * v for w, v in zip(weights, values, strict=True)]
+def _versions(data: Any) -> list[int]:
+    """How often each tensor of a batch has been written to."""
+    return [t._version for t in tensors_in(data)]
 
 
 def _sum(values: Sequence[float]) -> float:

@@ -278,6 +278,7 @@ class HessianOperator(LinearOperator):
 
     Raises:
         NonFiniteError: from a product, when the loss of a batch is not finite.
+        NotTwiceDifferentiableError: from a product, when an operation has no second derivative.
 
     Examples:
         >>> import torch, flatminima as fm

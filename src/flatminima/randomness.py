@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from .errors import ArgumentTypeError
+from .errors import ArgumentTypeError, InvalidArgumentError
 
 __all__ = ["Seed", "as_generator", "preserved_random_state", "reseed"]
 
@@ -26,6 +26,7 @@ def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
 
     Raises:
         ArgumentTypeError: `seed` is neither.
+        InvalidArgumentError: the int is too large.
     """
     if isinstance(seed, torch.Generator):
         return seed
@@ -33,6 +34,8 @@ def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
         raise ArgumentTypeError(
             f"The 'seed' argument must be an int or a torch.Generator; got {seed!r}."
         )
+    if not -(2**63) <= int(seed) < 2**64:
+        raise InvalidArgumentError(f"The 'seed' argument must fit into 64 bits; got {seed!r}.")
     return torch.Generator(device=device).manual_seed(int(seed))
 
 

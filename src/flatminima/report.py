@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_integer
 from .eigen.lanczos import lanczos
 from .eigen.result import EigenResult
+from .errors import ArgumentTypeError
 from .estimators.trace import TraceResult, trace
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, random_sharpness
@@ -37,7 +38,7 @@ class Measurement(Result):
         name: of the measure, with its settings.
         value: the number.
         error: its uncertainty, where it has one.
-        error_kind: what `error` is: "residual", "standard error", "rounding" or "".
+        error_kind: what `error` is: "residual", "standard error", "std" or "".
         outcome: how the computation ended; None for a plain evaluation.
         cost: what it took.
 
@@ -46,7 +47,6 @@ class Measurement(Result):
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.ones_(model.weight)
         >>> data = torch.eye(2), torch.zeros(2, 1)
-        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
         >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["gradient_norm"])
         >>> [(line.name, line.value) for line in report.measurements()][0]
         ('loss L(θ)', 1.0)
@@ -95,7 +95,6 @@ class SharpnessReport(Result):
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.ones_(model.weight)
         >>> data = torch.eye(2), torch.zeros(2, 1)
-        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
         >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["trace"])
         >>> report.trace.value  # of 2 XᵀX / N
         2.0
@@ -132,8 +131,8 @@ class SharpnessReport(Result):
                 Measurement(
                     f"random-perturbation sharpness, ε = {shaken.epsilon:g}",
                     shaken.value,
-                    shaken.resolution,
-                    "rounding",
+                    shaken.standard_deviation,
+                    "std",
                     shaken.outcome,
                     f"{shaken.evaluations} losses",
                 )
@@ -250,6 +249,10 @@ def sharpness(
     call = "sharpness"
     if isinstance(measures, str):
         measures = [measures]
+    if measures is not None and not isinstance(measures, Iterable):
+        raise ArgumentTypeError(
+            f"The 'measures' argument of sharpness must be a list of names; got {measures!r}."
+        )
     chosen = MEASURES if measures is None else tuple(measures)
     for name in chosen:
         check_choice(call, "measures", name, MEASURES)

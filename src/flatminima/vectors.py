@@ -77,6 +77,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
         if not chosen:
             raise ParameterSelectionError("params= is an empty list; name at least one parameter.")
 
+    if not any(p.numel() for p in chosen.values()):
+        raise ParameterSelectionError("The selected parameters have no elements.")
     for name, parameter in chosen.items():
         if not parameter.dtype.is_floating_point:
             raise ParameterSelectionError(

@@ -22,10 +22,8 @@ def example_count(data: Any) -> int | None:
     return int(lengths.pop()) if len(lengths) == 1 else None
 
 
-_CLASS_LOSSES: dict[Any, type[nn.Module]] = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.nll_loss: nn.NLLLoss,
-}
+_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
 _ELEMENT_LOSSES = (
     nn.MSELoss,
     nn.L1Loss,
@@ -36,6 +34,7 @@ _ELEMENT_LOSSES = (
     nn.PoissonNLLLoss,
     nn.SoftMarginLoss,
     nn.KLDivLoss,
+    nn.HingeEmbeddingLoss,
 )
 _ELEMENT_FUNCTIONS = (
     F.mse_loss,
@@ -47,7 +46,9 @@ _ELEMENT_FUNCTIONS = (
     F.poisson_nll_loss,
     F.soft_margin_loss,
     F.kl_div,
+    F.hinge_embedding_loss,
 )
+_FUNCTIONS = (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS)
 
 
 def _option(loss_fn: Any, name: str, default: Any) -> Any:
@@ -65,6 +66,9 @@ def _function(loss_fn: Any) -> Any:
 
 def is_sum(loss_fn: Any) -> bool:
     """Whether the criterion adds up its terms instead of averaging them."""
+    # size_average is how reduction was spelled once; the modules translate it themselves.
+    if _option(loss_fn, "size_average", None) is False:
+        return True
     return bool(_option(loss_fn, "reduction", "mean") == "sum")
 
 
@@ -79,8 +83,7 @@ def count_terms(loss_fn: Any, target: Any) -> float | None:
     tensor = next(tensors_in(target), None)
     if tensor is None:
         return None
-    class_loss = function in _CLASS_LOSSES if not isinstance(function, nn.Module) else False
-    if class_loss or isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
+    if isinstance(function, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS:
         if tensor.dtype.is_floating_point:
             return float(tensor.numel() // tensor.shape[1]) if tensor.dim() > 1 else 1.0
         kept = tensor != _option(loss_fn, "ignore_index", -100)
@@ -88,7 +91,7 @@ def count_terms(loss_fn: Any, target: Any) -> float | None:
         if weight is None:
             return float(kept.sum().item())
         classes = weight.detach().double().cpu()
-        return float(classes[tensor[kept].cpu()].sum().item())
+        return float(classes[tensor[kept].long().cpu()].sum().item())
     if isinstance(function, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
         if _option(loss_fn, "reduction", "mean") == "batchmean":
             return float(tensor.shape[0])
@@ -111,9 +114,18 @@ def check_weight(value: Any, index: int) -> float:
     return number
 
 
-def hides_labels(data: Any) -> bool:
-    """Whether a batch is a mapping with labels of which some are ignored (−100)."""
-    labels = data.get("labels") if isinstance(data, Mapping) else None
+def hides_labels(loss_fn: Any, data: Any, target: Any) -> bool:
+    """Whether labels of −100 are in play that nobody has said how to count.
+
+    Known criteria say it themselves; a function of the user's own, or a `batch_loss` (`loss_fn`
+    None) on a batch with "labels", does not.
+    """
+    if loss_fn is None:
+        labels = data.get("labels") if isinstance(data, Mapping) else None
+    else:
+        function = _function(loss_fn)
+        known = function in _FUNCTIONS or isinstance(function, nn.modules.loss._Loss)
+        labels = None if known else target
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
         return False
     return bool((labels == -100).any())

@@ -222,9 +222,13 @@ class _Solver:
             remainder = remainder - present.T @ heights
             correction = present @ remainder
             remainder -= present.T @ correction
-            norm = torch.linalg.vector_norm(remainder).reshape(1)
+            # In float64, as squares of small numbers vanish in float32.
+            wide = None if self.device.type == "mps" else torch.float64
+            norm = torch.linalg.vector_norm(remainder, dtype=wide).reshape(1)
             # The only transfer of the step.
-            numbers = torch.cat([heights + correction, norm]).cpu().double().numpy()
+            numbers = (
+                torch.cat([(heights + correction).to(norm.dtype), norm]).cpu().double().numpy()
+            )
             if not np.isfinite(numbers).all():
                 raise self._not_finite()
             column, beta = numbers[first:-1], float(numbers[-1])

@@ -172,6 +172,15 @@ def interpolate(
     check_choice(call, "path", path, ("linear", "curvilinear"))
     check_choice(call, "buffers", buffers, ("interpolate", "keep"))
     points = _points(alphas)
+    for name, mapping, example in (
+        ("metrics", metrics, '{"accuracy": fm.accuracy}'),
+        ("also", also, '{"test": test_objective}'),
+    ):
+        if mapping is not None and not isinstance(mapping, Mapping):
+            raise ArgumentTypeError(
+                f"The {name!r} argument of interpolate must be a mapping such as {example}; got "
+                f"{type(mapping).__name__}."
+            )
     for name, metric in (metrics or {}).items():
         if not callable(metric):
             raise ArgumentTypeError(f"The metric {name!r} must be callable; got {metric!r}.")
@@ -275,12 +284,19 @@ def _state(objective: Objective, endpoint: Endpoint, argument: str) -> State:
             f"The {argument!r} argument of interpolate must be a module, a state dict or a "
             f"parameter vector; got {type(endpoint).__name__}."
         )
-    _check_same(own, given, "the objective's model", argument)
-    return {n: given[n].to(objective.device) for n in own}
+    entries: dict[str, object] = dict(endpoint) if isinstance(endpoint, Mapping) else {}
+    inner = [name for name, value in entries.items() if isinstance(value, dict)]
+    hint = f"a checkpoint? Its entry {inner[0]!r} may be the state dict" if inner else ""
+    _check_same(own, given, "the objective's model", argument, hint)
+    return {
+        n: given[n].to(objective.device, t.dtype if t.dtype.is_floating_point else None)
+        for n, t in own.items()
+    }
 
 
-def _check_same(own: State, given: State, owner: str, argument: str) -> None:
+def _check_same(own: State, given: State, owner: str, argument: str, hint: str = "") -> None:
     missing = [n for n in own if n not in given]
+    nested = f" ({hint})" if hint and len(missing) == len(own) else ""
     extra = [n for n in given if n not in own]
     shapes = [
         f"{n!r} {tuple(given[n].shape)} instead of {tuple(own[n].shape)}"
@@ -297,7 +313,7 @@ def _check_same(own: State, given: State, owner: str, argument: str) -> None:
         raise StateMismatchError(
             f"The {argument!r} argument of interpolate does not fit {owner}: it "
             + "; it ".join(problems)
-            + ". Both endpoints must come from the same architecture."
+            + f". Both endpoints must come from the same architecture{nested}."
         )
 
 

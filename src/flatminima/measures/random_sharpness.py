@@ -62,7 +62,8 @@ class RandomSharpnessResult(Result):
         samples: for each tensor.
         scope: "tensor" or "all".
         relative: whether z was scaled by the tensor's root-mean-square.
-        resolution: what rounding of the loss alone can add to a value.
+        resolution: what rounding of the loss itself can add to a value; rounding inside the model
+            comes on top of it.
         evaluations: of the loss.
         outcome: completed, or why the value should not be trusted.
 
@@ -99,7 +100,7 @@ class RandomSharpnessResult(Result):
             (_row(whole), *(_row(t) for t in self.tensors)),
             title=f"Random-perturbation sharpness, ε = {self.epsilon:g}, {self.samples} samples",
             notes=(
-                f"{self.outcome.value} Rounding of the loss can add "
+                f"{self.outcome.value} Rounding of the loss itself can add "
                 f"{format_number(self.resolution, 2)}.",
             ),
         )
