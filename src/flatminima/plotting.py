@@ -209,7 +209,8 @@ def _(result: SharpnessReport, ax: Axes | None) -> Axes:
     # Measures have units of their own: sizes on a logarithmic axis, the sign in the colour.
     sizes = np.abs(values)
     low = np.minimum(errors, sizes * (1 - 1e-9))
-    axis.barh(places, sizes, color=colors, xerr=np.array([low, errors]), ecolor=GREY, height=0.6)
+    spread = np.array([low, errors]) if any(errors) else None
+    axis.barh(places, sizes, color=colors, xerr=spread, ecolor=GREY, height=0.6)
     axis.set_xscale("log")
     labels = [f"−({line.name})" if line.value < 0 else line.name for line in lines]
     axis.set_yticks(places, labels, fontsize="small")
