@@ -172,16 +172,16 @@ def test_data_are_read_once_when_cached_and_each_time_when_not(kind):
 
 def test_automatic_caching_stops_at_the_budget(monkeypatch):
     loader = DataLoader(TensorDataset(X, Y), batch_size=6, shuffle=True)
-    monkeypatch.setattr(room, "_available_bytes", lambda device: 4 * X.nbytes)
+    monkeypatch.setattr(room, "available_bytes", lambda device: 4 * X.nbytes)
     objective = objective_of(loader)
     assert not objective.batches.cached
     assert_is_the_whole(objective)
-    monkeypatch.setattr(room, "_available_bytes", lambda device: 4 * (X.nbytes + Y.nbytes))
+    monkeypatch.setattr(room, "available_bytes", lambda device: 4 * (X.nbytes + Y.nbytes))
     assert objective_of(loader).batches.cached
 
 
 def test_tensors_in_place_need_no_budget(monkeypatch):
-    monkeypatch.setattr(room, "_available_bytes", lambda device: 0)
+    monkeypatch.setattr(room, "available_bytes", lambda device: 0)
     assert objective_of((X, Y)).batches.cached
     assert objective_of(cut((X, Y), (10, 10))).batches.cached
 

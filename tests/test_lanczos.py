@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import flatminima as fm
-from flatminima.eigen.lanczos import _Solver, select
+from flatminima.eigen.lanczos import LanczosSteps, select
 from zoo import matrix_with_spectrum
 
 N = 80
@@ -249,13 +249,13 @@ def test_smallest_basis_restarts_and_arrives_at_the_same_values(name, which):
 @pytest.mark.parametrize("basis_size", [6, 11, 40])
 def test_memory_never_holds_more_vectors_than_the_basis_size(basis_size, monkeypatch):
     solvers = []
-    original = _Solver.__init__
+    original = LanczosSteps.__init__
 
     def remember(self, *arguments):
         original(self, *arguments)
         solvers.append(self)
 
-    monkeypatch.setattr(_Solver, "__init__", remember)
+    monkeypatch.setattr(LanczosSteps, "__init__", remember)
     matrix = matrix_with_spectrum(SPECTRA["spread"], 6, torch.float64)
     operator = fm.MatrixOperator(matrix)
     result = fm.lanczos(operator, k=3, tol=1e-6, basis_size=basis_size, max_products=10_000)
@@ -269,13 +269,13 @@ def test_memory_never_holds_more_vectors_than_the_basis_size(basis_size, monkeyp
 @pytest.mark.parametrize(("k", "rows"), [(1, 20), (5, 20), (10, 30), (40, 80)])
 def test_default_basis_is_twice_k_plus_ten_and_at_most_n(k, rows, monkeypatch):
     seen = []
-    original = _Solver.__init__
+    original = LanczosSteps.__init__
 
-    def remember(self, operator, k, which, tol, limit, rows, seed):
+    def remember(self, operator, size, k, which, tol, limit, rows, seed):
         seen.append(rows)
-        original(self, operator, k, which, tol, limit, rows, seed)
+        original(self, operator, size, k, which, tol, limit, rows, seed)
 
-    monkeypatch.setattr(_Solver, "__init__", remember)
+    monkeypatch.setattr(LanczosSteps, "__init__", remember)
     fm.lanczos(fm.MatrixOperator(matrix_with_spectrum(SPECTRA["spread"], 7, torch.float64)), k=k)
     assert seen == [rows]
 

@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
 from integrity import untouched
-from zoo import NAMES, Transposed, build, cut, exact_gradient, exact_loss, settle_batch_norm
+from zoo import Transposed, build, cut, exact_gradient, exact_loss, names_of, settle_batch_norm
+
+BASIC = pytest.mark.parametrize("name", names_of("basic"))
 
 # ------------------------------------------------------------------------- values by hand
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["f64", "f32"]
 )
@@ -32,7 +34,7 @@ def test_loss_and_gradient_equal_the_loss_written_by_hand(name, dtype, tolerance
     assert (gradient.double() - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 def test_displaced_values_equal_those_of_a_displaced_model(name):
     case = build(name)
     objective = case.objective()
@@ -599,7 +601,7 @@ def test_evaluate_state_averages_metrics_over_labels_that_count():
 # --------------------------------------------------------------------------------- determinism
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 def test_two_objectives_of_the_same_agree_bitwise(name):
     first, second = (build(name, torch.float32).objective() for _ in range(2))
     assert first.loss() == second.loss()
@@ -732,7 +734,7 @@ def test_the_models_own_device_is_accepted():
 
 
 def test_a_model_on_the_meta_device_is_refused():
-    with pytest.raises(fm.DeviceError, match="meta device and hold no numbers"):
+    with pytest.raises(fm.DeviceError, match="meta device and holds no numbers"):
         fm.Objective(nn.Linear(3, 2, device="meta"), F.mse_loss, (X, VECTORS))
 
 
@@ -745,7 +747,7 @@ def test_a_model_on_two_devices_is_refused_by_name():
 def test_a_buffer_on_another_device_is_refused_by_name():
     model = small_net(3, 2)
     model.register_buffer("table", torch.zeros(2, device="meta"))
-    with pytest.raises(fm.DeviceError, match="'table' on meta"):
+    with pytest.raises(fm.DeviceError, match="'table' is on the meta device"):
         fm.Objective(model, F.mse_loss, (X, VECTORS))
 
 
@@ -933,18 +935,3 @@ def test_the_old_name_of_the_reduction_is_understood(size_average):
     with pytest.warns(UserWarning, match="size_average"):
         value = fm.Objective(model, loss_fn, data, batch_size=3).loss()
     assert value == pytest.approx(F.mse_loss(model(data[0]), data[1]).item(), rel=1e-6)
-
-
-def test_attention_without_a_second_derivative_is_named():
-    torch.manual_seed(0)
-    layer = nn.MultiheadAttention(4, 2, batch_first=True)
-    data = [(torch.randn(2, 3, 4), torch.zeros(()))]
-    objective = fm.Objective(
-        layer,
-        data=data,
-        batch_loss=lambda m, b: m(b[0], b[0], b[0], need_weights=False)[0].sum(),
-        weight=lambda batch: 2,
-    )
-    with pytest.raises(fm.NotTwiceDifferentiableError, match="scaled_dot_product") as caught:
-        fm.HessianOperator(objective) @ torch.ones(objective.size)
-    assert isinstance(caught.value.__cause__, RuntimeError)

@@ -10,7 +10,9 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 
 import flatminima as fm
-from zoo import NAMES, build, dense_hessian, joined, matrix_with_spectrum, quadratic_case
+from zoo import build, dense_hessian, joined, matrix_with_spectrum, names_of, quadratic_case
+
+BASIC = pytest.mark.parametrize("name", names_of("basic"))
 
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["f64", "f32"]
@@ -30,7 +32,7 @@ def relative_error(found, expected):
 # ---------------------------------------------------------------------------- Hessian products
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 @PRECISIONS
 def test_hessian_equals_the_dense_one(name, dtype, tolerance):
     case = build(name, dtype)
@@ -42,7 +44,7 @@ def test_hessian_equals_the_dense_one(name, dtype, tolerance):
     assert relative_error(found, expected) <= tolerance
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 @PRECISIONS
 def test_products_with_random_vectors_equal_the_dense_ones(name, dtype, tolerance):
     case = build(name, dtype)
@@ -51,7 +53,7 @@ def test_products_with_random_vectors_equal_the_dense_ones(name, dtype, toleranc
     assert relative_error(operator.matvec(v), dense_hessian(case) @ v.double()) <= tolerance
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 @PRECISIONS
 def test_matmat_equals_matvec_column_by_column(name, dtype, tolerance):
     operator = fm.HessianOperator(build(name, dtype).objective())
@@ -62,7 +64,7 @@ def test_matmat_equals_matvec_column_by_column(name, dtype, tolerance):
     assert relative_error(found, columns.double()) <= tolerance
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=3)
 def test_hessian_is_symmetric(name, seed):
@@ -73,7 +75,7 @@ def test_hessian_is_symmetric(name, seed):
     assert abs(float(left - right)) <= 1e-13 * scale
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 @given(
     seed=st.integers(0, 10**6),
     a=st.floats(-1e3, 1e3, allow_subnormal=False),

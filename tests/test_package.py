@@ -28,9 +28,16 @@ ROOMS = (
     "vectors",
     "nested",
     "weights",
+    "failures",
     "batches",
     "metrics",
+    "modules",
+    "gradients",
+    "pieces",
+    "guards",
+    "evaluation",
     "objective",
+    "tracing",
     "products",
     "operators",
     "eigen",
@@ -43,8 +50,8 @@ ROOMS = (
     "plotting",
 )
 
-# More than 400 lines; these are to be watched, and no other may join them unseen.
-LONG_FILES = {"objective"}
+# Files may be longer than 400 lines only when they are named here.
+LONG_FILES: set[str] = set()
 
 every_file = pytest.mark.parametrize("name", NAMES)
 every_export = pytest.mark.parametrize("name", fm.__all__)
@@ -203,7 +210,7 @@ def test_functions_take_their_subject_first_and_then_keywords_only(name):
     member = getattr(fm, name)
     if not inspect.isfunction(member) or name == "accuracy":
         return
-    subjects = {"interpolate": 3, "sharpness": 3, "plot": 2}
+    subjects = {"interpolate": 3, "sharpness": 3, "plot": 2, "token_weight": 0}
     free = [
         p
         for p in inspect.signature(member).parameters.values()

@@ -61,6 +61,27 @@ REPORT = fm.sharpness(MODEL, nn.MSELoss(), DATA, trace_products=4)
 SHAKEN = fm.random_sharpness(OBJECTIVE, samples=3)
 COMPARISON = fm.compare({"small": REPORT, "large": REPORT, "other": REPORT})
 
+
+def layer(name, trace=1.0, error=0.1, eigenvalue=0.5, residual=0.01):
+    outcome = fm.Outcome.CONVERGED
+    return fm.LayerCurvature(name, 3, trace, error, eigenvalue, residual, 4, outcome)
+
+
+def layers(*made):
+    return fm.LayerwiseResult(
+        layers=made,
+        trace=1.0,
+        trace_products=2,
+        passes=4,
+        outcome=fm.Outcome.CONVERGED,
+        notes=(),
+    )
+
+
+LAYERS = layers(
+    layer("", trace=-3.0), layer("encoder.0", eigenvalue=-0.2), layer("head", 100.0, 5.0, 40.0)
+)
+
 RESULTS = {
     "interpolation": interpolation(),
     "the paper's figure": PAPER,
@@ -68,6 +89,7 @@ RESULTS = {
     "random sharpness": SHAKEN,
     "report": REPORT,
     "comparison": COMPARISON,
+    "layers": LAYERS,
 }
 
 every = pytest.mark.parametrize("name", RESULTS)
@@ -317,6 +339,67 @@ def test_random_sharpness_that_is_not_finite_can_be_drawn(bad):
     first = dataclasses.replace(SHAKEN.tensors[0], value=bad, mean=bad, standard_deviation=NAN)
     axis = drawn(dataclasses.replace(SHAKEN, tensors=(first, SHAKEN.tensors[1])))
     assert all(map(math.isfinite, axis.get_xlim()))
+
+
+# -------------------------------------------------------------------------------------- layers
+
+
+def test_every_module_has_two_bars_with_its_name_beside_them():
+    axis = drawn(LAYERS)
+    labels = [t.get_text() for t in axis.get_yticklabels()]
+    assert labels == ["(own)", "encoder.0", "head"]
+    traces, eigenvalues = axis.patches[:3], axis.patches[3:]
+    assert [bar.get_width() for bar in traces] == [v.trace for v in LAYERS.layers]
+    assert [bar.get_width() for bar in eigenvalues] == [v.eigenvalue for v in LAYERS.layers]
+    # Each pair lies at the tick that names it.
+    for pair in (traces, eigenvalues):
+        for bar, tick in zip(pair, axis.get_yticks(), strict=True):
+            assert bar.get_y() - 0.5 < tick < bar.get_y() + bar.get_height() + 0.5
+    texts = [t.get_text() for t in axis.get_legend().get_texts()]
+    assert texts == ["trace", "largest eigenvalue"]
+    assert axis.yaxis_inverted()
+
+
+@pytest.mark.parametrize("low", [-0.2, -300.0, 0.0, 0.002])
+def test_layers_of_all_sizes_and_signs_are_seen(low):
+    made = layers(layer("a", 1e3, 1.0, 1e2), layer("b", low, 0.1, 0.01), layer("c", 5.0, 0.1, 0.3))
+    axis = drawn(made)
+    assert axis.get_xscale() != "linear"
+    left, right = axis.get_xlim()
+    assert left <= low
+    assert right >= 1e3
+
+
+def test_errors_of_layers_are_drawn():
+    axis = drawn(LAYERS)
+    segments = [s for c in axis.collections for s in c.get_segments()]
+    ends = sorted((min(s[:, 0]), max(s[:, 0])) for s in segments)
+    expected = [(v.trace - v.trace_error, v.trace + v.trace_error) for v in LAYERS.layers]
+    expected += [(v.eigenvalue - v.residual, v.eigenvalue + v.residual) for v in LAYERS.layers]
+    np.testing.assert_allclose(ends, sorted(expected))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        layers(layer("flat", 0.0, 0.0, 0.0, 0.0)),
+        layers(layer("one", 2.0)),
+        layers(layer("a", NAN, NAN, INF, INF), layer("b")),
+        layers(*(layer(f"encoder.{i}.attention.projection", i + 1.0) for i in range(30))),
+    ],
+    ids=["zero", "single", "not finite", "many"],
+)
+def test_layers_of_any_kind_can_be_drawn(made):
+    axis = drawn(made)
+    assert len(axis.get_yticklabels()) == len(made.layers)
+    assert all(map(math.isfinite, axis.get_xlim()))
+
+
+def test_layers_that_were_measured_can_be_drawn():
+    result = fm.layerwise(OBJECTIVE, trace_products=2)
+    axis = drawn(result)
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["(own)"]
+    assert axis.patches[0].get_width() == result.layers[0].trace
 
 
 # -------------------------------------------------------------------------------------- report

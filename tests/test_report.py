@@ -252,6 +252,89 @@ def test_notes_tell_what_evaluation_mode_did(layers, mode, words):
     assert all(word in repr(report) for word in words)
 
 
+class Sequence(nn.Module):
+    """Takes what it is given through a module that works on sequences."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x[:, None]
+        out = self.body(x, x, x) if isinstance(self.body, nn.MultiheadAttention) else self.body(x)
+        return self.head(out[0][:, 0])
+
+
+def attention(**options):
+    return nn.MultiheadAttention(3, 1, batch_first=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: Sequence(nn.LSTM(3, 3, 2, batch_first=True, dropout=0.2)), ["dropout off"]),
+        (lambda: Sequence(nn.GRU(3, 3, 2, batch_first=True, dropout=0.2)), ["dropout off"]),
+        (lambda: Sequence(nn.LSTM(3, 3, 2, batch_first=True)), []),
+        (lambda: Sequence(attention(dropout=0.2)), ["dropout off"]),
+        (lambda: Sequence(attention()), []),
+        (lambda: Noted(nn.AlphaDropout(0.2)), ["dropout off"]),
+        (lambda: Noted(nn.Dropout(0.0)), []),
+        (lambda: Noted(nn.BatchNorm1d(3, track_running_stats=False)), []),
+        (lambda: Noted(nn.BatchNorm1d(3, affine=False)), ["running statistics"]),
+        (
+            lambda: Noted(nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.BatchNorm1d(3)))),
+            ["dropout off", "running statistics"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+def test_notes_know_dropout_and_batch_norm_wherever_they_are(mode, model, words):
+    torch.manual_seed(0)
+    data = torch.linspace(-1, 1, 18).reshape(6, 3).sin(), torch.ones(6, 3)
+    report = fm.sharpness(model(), nn.MSELoss(), data, measures=[], mode=mode)
+    if mode != "eval" or not words:
+        assert report.notes == ()
+        return
+    (note,) = report.notes
+    assert note.startswith("Evaluation mode: ")
+    assert [word in note for word in ("dropout off", "running statistics")] == [
+        word in words for word in ("dropout off", "running statistics")
+    ]
+
+
+def test_notes_see_what_is_inside_a_wrapper():
+    data = torch.linspace(-1, 1, 18).reshape(6, 3).sin(), torch.ones(6, 3)
+    wrapped = nn.DataParallel(Noted(nn.Dropout(0.5)))
+    report = fm.sharpness(wrapped, nn.MSELoss(), data, measures=[])
+    assert report.notes == ("Evaluation mode: dropout off.",)
+
+
+def test_notes_tell_of_differences_with_the_operation_and_their_error():
+    case = build("embedding_bag_sum")
+    with pytest.warns(fm.FiniteDifferenceWarning):
+        report = fm.sharpness(
+            case.model,
+            data=case.batches,
+            batch_loss=case.batch_loss,
+            weight=case.weight,
+            measures=["trace"],
+            trace_products=2,
+        )
+    (note,) = report.notes
+    assert "no second derivative of embedding_bag (in the module 'bag')" in note
+    assert "differences of gradients, with an estimated error of up to" in note
+    # Where no product was taken, none is approximate.
+    report = fm.sharpness(
+        case.model,
+        data=case.batches,
+        batch_loss=case.batch_loss,
+        weight=case.weight,
+        measures=["gradient_norm"],
+    )
+    assert report.notes == ()
+
+
 # -------------------------------------------------------------------------------- side effects
 
 

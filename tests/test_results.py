@@ -106,6 +106,8 @@ COMPARISON = fm.Comparison(
 
 VECTORS = torch.tensor([[0.1, 1 / 3], [-2.0, 1e-30], [0.0, 7.0]])
 
+LAYER = fm.LayerCurvature("0", 9, 2.25, 0.5, -1.5, 1e-3, 11, fm.Outcome.CONVERGED)
+
 RESULTS = {
     "eigenpairs": eigen(),
     "eigenpairs with float32 vectors": eigen(VECTORS),
@@ -129,6 +131,15 @@ RESULTS = {
     "one tensor": TENSOR,
     "random sharpness": SHAKEN,
     "trace": TRACE,
+    "layer": LAYER,
+    "layers": fm.LayerwiseResult(
+        (LAYER, dataclasses.replace(LAYER, name="", outcome=fm.Outcome.PRODUCT_LIMIT)),
+        trace=4.5,
+        trace_products=50,
+        passes=12,
+        outcome=fm.Outcome.PRODUCT_LIMIT,
+        notes=("Products are differences.",),
+    ),
     "trace that is not finite": fm.TraceResult(NAN, INF, 3, 2, fm.Outcome.COMPLETED),
     "curve": CURVE,
     "interpolation": INTERPOLATION,

@@ -8,7 +8,9 @@ from torch import nn
 
 import flatminima as fm
 from flatminima.vectors import GaussianSubspace, Layout, check_vector, select_parameters
-from zoo import NAMES, TiedAutoencoder, build
+from zoo import TiedAutoencoder, build, names_of
+
+BASIC = pytest.mark.parametrize("name", names_of("basic"))
 
 CPU = torch.device("cpu")
 
@@ -20,7 +22,7 @@ def small():
 # ------------------------------------------------------------------------------------ selection
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 def test_selection_lists_each_tensor_once_in_the_models_order(name):
     case = build(name)
     chosen = select_parameters(case.model, case.params)
@@ -134,7 +136,7 @@ def test_a_complex_parameter_is_refused_by_name():
 # --------------------------------------------------------------------------------------- layout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@BASIC
 def test_flatten_and_unflatten_are_inverse(name):
     tensors = select_parameters(build(name).model)
     layout = Layout.of(tensors)

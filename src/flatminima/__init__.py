@@ -14,9 +14,12 @@ from .errors import (
     ConvergenceWarning,
     DataChangedError,
     DeviceError,
+    DeviceMemoryError,
     EmptyDataError,
+    FiniteDifferenceWarning,
     FlatMinimaError,
     FlatMinimaWarning,
+    GraphError,
     InvalidArgumentError,
     LossNotScalarError,
     NonFiniteError,
@@ -30,12 +33,15 @@ from .errors import (
 from .estimators.trace import TraceResult, trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
+from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
 from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
 from .metrics import accuracy
 from .objective import Objective
-from .operators import FunctionOperator, HessianOperator, LinearOperator, MatrixOperator
+from .operators.hessian import HessianOperator
+from .operators.linear import FunctionOperator, LinearOperator, MatrixOperator
 from .report import Measurement, SharpnessReport, sharpness
 from .results import Outcome, Result, Table
+from .weights import token_weight
 
 if TYPE_CHECKING:
     from .plotting import plot
@@ -50,14 +56,19 @@ __all__ = [
     "Curve",
     "DataChangedError",
     "DeviceError",
+    "DeviceMemoryError",
     "EigenResult",
     "EmptyDataError",
+    "FiniteDifferenceWarning",
     "FlatMinimaError",
     "FlatMinimaWarning",
     "FunctionOperator",
+    "GraphError",
     "HessianOperator",
     "Interpolation",
     "InvalidArgumentError",
+    "LayerCurvature",
+    "LayerwiseResult",
     "LinearOperator",
     "LossNotScalarError",
     "MatrixOperator",
@@ -83,10 +94,12 @@ __all__ = [
     "epsilon_sharpness",
     "interpolate",
     "lanczos",
+    "layerwise",
     "plot",
     "power_iteration",
     "random_sharpness",
     "sharpness",
+    "token_weight",
     "trace",
 ]
 

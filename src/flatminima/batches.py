@@ -24,11 +24,12 @@ from .errors import (
     InvalidArgumentError,
     OneShotDataError,
 )
+from .failures import explained
 from .nested import fingerprint, tensors_in, to_device
 from .progress import progress_bar
 from .randomness import preserved_random_state, reseed
 
-__all__ = ["Batch", "Batches", "located"]
+__all__ = ["Batch", "Batches", "available_bytes", "located"]
 
 READ_SEED = 2**20
 """Readings are seeded with this plus the batch's number; evaluations with the number alone."""
@@ -132,7 +133,8 @@ def _generators(source: Any) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _available_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -241,7 +243,7 @@ class Batches:
         end = object()
         for index in itertools.count():
             reseed(READ_SEED + index)
-            with located(index):
+            with located(index), explained(index, self.device):
                 raw = next(iterator, end)
             if raw is end:
                 return
@@ -251,7 +253,7 @@ class Batches:
         self, weight: Callable[[Any, int], float], cache: bool | str, progress: bool
     ) -> None:
         in_place = isinstance(self._source, Sequence | _TensorBatches)
-        budget = _available_bytes(self.device) // 4
+        budget = available_bytes(self.device) // 4
         kept: list[Batch] | None = [] if cache is not False else None
         held = 0
         total = len(self._source) if in_place else None  # type: ignore[arg-type]
@@ -265,7 +267,7 @@ class Batches:
                 # A loader may fill the same tensors for each batch, so what is kept is a copy.
                 duplicate = kept is not None and not in_place
                 moved = self._moved(raw, index, duplicate=duplicate)
-                with located(index):
+                with located(index), explained(index, self.device):
                     self._weights.append(weight(raw, index))
                 if cache is not True:
                     self._marks.append(fingerprint(raw))
@@ -292,7 +294,10 @@ class Batches:
 
     def _moved(self, raw: Any, index: int, *, duplicate: bool = False) -> Any:
         try:
-            return to_device(raw, self.device, duplicate=duplicate)
+            with explained(index, self.device):
+                return to_device(raw, self.device, duplicate=duplicate)
+        except FlatMinimaError:
+            raise
         except (RuntimeError, NotImplementedError, TypeError) as error:
             raise DeviceError(
                 f"Batch {index} cannot be moved to {self.device}, where the model is: {error}"

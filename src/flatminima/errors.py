@@ -7,6 +7,9 @@ exception that describes it best, so that `except ValueError` keeps working.
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -15,9 +18,12 @@ __all__ = [
     "ConvergenceWarning",
     "DataChangedError",
     "DeviceError",
+    "DeviceMemoryError",
     "EmptyDataError",
+    "FiniteDifferenceWarning",
     "FlatMinimaError",
     "FlatMinimaWarning",
+    "GraphError",
     "InvalidArgumentError",
     "LossNotScalarError",
     "NonFiniteError",
@@ -28,6 +34,7 @@ __all__ = [
     "ShapeError",
     "StateMismatchError",
     "closest",
+    "warn",
 ]
 
 
@@ -217,19 +224,61 @@ class NotSymmetricError(FlatMinimaError, ValueError):
 class NotTwiceDifferentiableError(FlatMinimaError, RuntimeError):
     """An operation of the model or the loss has no second derivative in PyTorch.
 
+    Attributes:
+        operation: the name of the operation, as PyTorch has it.
+        module: the name of the module that called it; "the loss function" outside of the model,
+            "the model itself" for its outermost forward, and "" where that is not known.
+
     Examples:
         >>> import torch, flatminima as fm
-        >>> class Attention(torch.nn.Linear):
-        ...     def forward(self, x):
-        ...         x = super().forward(x).view(1, 1, 2, 4)
-        ...         return torch.nn.functional.scaled_dot_product_attention(x, x, x).sum()
-        >>> data = [(torch.ones(2, 4), torch.zeros(()))]
-        >>> objective = fm.Objective(Attention(4, 4), torch.nn.MSELoss(), data)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Hardsigmoid())
+        >>> data = torch.ones(3, 2), torch.zeros(3, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
         >>> try:
-        ...     fm.HessianOperator(objective) @ torch.ones(20)
+        ...     fm.HessianOperator(objective, method="double_backward") @ torch.ones(3)
         ... except fm.NotTwiceDifferentiableError as error:
+        ...     print(error.operation, "in", error.module)
+        hardsigmoid in 1
+    """
+
+    def __init__(self, message: str, operation: str = "", module: str = "") -> None:
+        super().__init__(message)
+        self.operation, self.module = operation, module
+
+
+class DeviceMemoryError(FlatMinimaError, RuntimeError):
+    """A batch does not fit into the memory of the device; PyTorch's error is its cause.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> def loss_fn(output, target):
+        ...     raise torch.OutOfMemoryError("out of memory")
+        >>> data = torch.ones(3, 1), torch.ones(3, 1)
+        >>> try:
+        ...     fm.Objective(torch.nn.Linear(1, 1), loss_fn, data).loss()
+        ... except fm.DeviceMemoryError as error:
         ...     print(error)
-        PyTorch has no second derivative of ...scaled_dot_product...
+        There is not enough memory on cpu for batch 0. Give smaller batches ...
+    """
+
+
+class GraphError(FlatMinimaError, RuntimeError):
+    """The loss of a batch depends on tensors whose graph cannot be differentiated.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> class Remembers(torch.nn.Linear):
+        ...     seen = []
+        ...     def forward(self, x):
+        ...         self.seen.append(super().forward(x))
+        ...         return sum(self.seen)
+        >>> data = torch.ones(4, 1), torch.ones(4, 1)
+        >>> objective = fm.Objective(Remembers(1, 1), torch.nn.MSELoss(), data, batch_size=2)
+        >>> try:
+        ...     objective.gradient()
+        ... except fm.GraphError as error:
+        ...     print(error)
+        The loss of batch 1 reaches back into a graph that is gone: ...
     """
 
 
@@ -276,6 +325,31 @@ class ConvergenceWarning(FlatMinimaWarning):
         >>> print(caught[0].message)
         lanczos: 1 of 1 eigenpairs did not converge within 5 products; ...
     """
+
+
+class FiniteDifferenceWarning(FlatMinimaWarning):
+    """Hessian products are differences of gradients, as an operation has no second derivative.
+
+    Examples:
+        >>> import warnings, torch, flatminima as fm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Hardsigmoid())
+        >>> data = torch.ones(3, 2), torch.zeros(3, 1)
+        >>> hessian = fm.HessianOperator(fm.Objective(model, torch.nn.MSELoss(), data))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     product = hessian @ torch.ones(3)
+        >>> print(caught[0].message)
+        PyTorch has no second derivative of hardsigmoid (in the module '1'), so ...
+    """
+
+
+def warn(message: str, category: type[FlatMinimaWarning]) -> None:
+    """Give a warning that points at the first line outside of this package."""
+    here = os.path.dirname(__file__)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def closest(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "tensors_in", "to_device"]
+__all__ = ["cut", "fingerprint", "length_of", "same_tensors", "tensors_in", "to_device"]
 
 
 def to_device(data: Any, device: torch.device, *, duplicate: bool = False) -> Any:
@@ -32,7 +32,7 @@ def to_device(data: Any, device: torch.device, *, duplicate: bool = False) -> An
     follow = functools.partial(to_device, device=device, duplicate=duplicate)
     if callable(getattr(data, "to", None)):
         # Batch objects such as BatchEncoding move themselves in place, hence the copy.
-        return copy.copy(data).to(device)
+        return (_duplicated(data) if duplicate else copy.copy(data)).to(device)
     if isinstance(data, dict):
         # Not built anew: a defaultdict, for one, does not take its contents first.
         mapping = copy.copy(data)
@@ -50,7 +50,106 @@ def to_device(data: Any, device: torch.device, *, duplicate: bool = False) -> An
         for f in dataclasses.fields(data):
             object.__setattr__(clone, f.name, follow(getattr(data, f.name)))
         return clone
+    if duplicate and isinstance(data, np.ndarray):
+        return data.copy()
+    if duplicate and next(tensors_in(data), None) is not None:
+        return _duplicated(data)
     return data
+
+
+def _duplicated(data: Any) -> Any:
+    """An object of a class unknown here with copies of the tensors in it."""
+    twins: dict[int, Any] = {
+        id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors_in(data)
+    }
+    try:
+        return copy.deepcopy(data, twins)
+    except Exception:  # whatever a class unknown here makes of being copied
+        return copy.copy(data)
+
+
+def length_of(data: Any) -> int | None:
+    """How many examples a batch holds, by its tensors; those in lists count only without others.
+
+    None when they do not agree: a list may hold a tensor for each example.
+    """
+    lists: list[Any] = []
+    lengths = set(_lengths(list(data) if isinstance(data, tuple) else data, lists, top=True))
+    if not lengths and lists:
+        lengths = {t.shape[0] for t in tensors_in(lists) if t.dim() > 0}
+    return int(lengths.pop()) if len(lengths) == 1 else None
+
+
+def _lengths(data: Any, lists: list[Any], *, top: bool = False) -> Iterator[int]:
+    if isinstance(data, (Tensor, np.ndarray)):
+        if data.ndim > 0:
+            yield data.shape[0]
+    elif isinstance(data, list) and not top:
+        lists.append(data)
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _lengths(value, lists)
+    elif isinstance(data, (tuple, list)):
+        for item in data:
+            yield from _lengths(item, lists)
+    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
+        for field in dataclasses.fields(data):
+            yield from _lengths(getattr(data, field.name), lists)
+    else:
+        yield from (t.shape[0] for t in tensors_in(data) if t.dim() > 0)
+
+
+def cut(data: Any, begin: int, end: int, length: int, *, top: bool = True) -> Any:
+    """Examples `begin` to `end` of a batch of `length`: a piece of every tensor within it.
+
+    Tensors are cut along their first dimension, and so are lists with one item for each example;
+    other lists, and the batch itself, are made of parts that are cut.
+
+    Raises:
+        ValueError: something in the batch does not say where its examples are.
+    """
+    follow = functools.partial(cut, begin=begin, end=end, length=length, top=False)
+    if isinstance(data, (Tensor, np.ndarray)):
+        if data.ndim == 0:
+            return data
+        if data.shape[0] != length:
+            raise ValueError(f"a tensor in it has length {data.shape[0]} instead of {length}")
+        return data[begin:end]
+    if isinstance(data, dict):
+        mapping = copy.copy(data)
+        mapping.update({key: follow(value) for key, value in data.items()})
+        return mapping
+    if isinstance(data, Mapping):
+        return type(data)({key: follow(value) for key, value in data.items()})  # type: ignore[call-arg]
+    if isinstance(data, list) and not top:
+        parts = any(isinstance(d, (Tensor, np.ndarray)) and d.shape[:1] == (length,) for d in data)
+        if len(data) == length and parts:
+            raise ValueError(f"a list of {length} in it may hold examples or parts of a batch")
+        if len(data) == length:
+            return data[begin:end]
+        if data and not parts:
+            raise ValueError(f"a list in it has length {len(data)} instead of {length}")
+    if type(data) in (tuple, list):
+        return type(data)(follow(item) for item in data)
+    if isinstance(data, tuple) and not callable(getattr(data, "to", None)):
+        return type(data)(*(follow(item) for item in data))
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        clone = copy.copy(data)
+        for f in dataclasses.fields(data):
+            object.__setattr__(clone, f.name, follow(getattr(data, f.name)))
+        return clone
+    if next(tensors_in(data), None) is None:
+        return data
+    raise ValueError(f"a {type(data).__name__} does not tell where its examples are")
+
+
+def same_tensors(first: Any, second: Any) -> bool:
+    """Whether two batches hold equal tensors (NaN equals nothing), to be differentiated alike."""
+    ones, others = list(tensors_in(first)), list(tensors_in(second))
+    return len(ones) == len(others) and all(
+        a.requires_grad == b.requires_grad and torch.equal(a, b)
+        for a, b in zip(ones, others, strict=True)
+    )
 
 
 def tensors_in(data: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

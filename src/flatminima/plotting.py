@@ -16,6 +16,7 @@ from .comparison import Comparison
 from .eigen.result import EigenResult
 from .errors import ArgumentTypeError
 from .landscape.interpolation import Interpolation
+from .measures.layerwise import LayerwiseResult
 from .measures.random_sharpness import RandomSharpnessResult
 from .report import SharpnessReport
 from .results import Result
@@ -33,8 +34,8 @@ def plot(result: Result, ax: Axes | None = None) -> Axes:
 
     An `Interpolation` is drawn as in Keskar et al. (2017): the loss on a logarithmic axis at the
     left, metrics at the right, the objective's own data solid and others dashed, the two models
-    marked. An `EigenResult`, a `RandomSharpnessResult`, a `SharpnessReport` and a `Comparison`
-    are drawn as points and bars with their errors.
+    marked. An `EigenResult`, a `RandomSharpnessResult`, a `LayerwiseResult`, a `SharpnessReport`
+    and a `Comparison` are drawn as points and bars with their errors.
 
     Args:
         result: what to draw.
@@ -71,8 +72,8 @@ def _axis(ax: Axes | None, width: float, height: float) -> Axes:
 @functools.singledispatch
 def _draw(result: Any, ax: Axes | None) -> Axes:  # noqa: ARG001
     raise ArgumentTypeError(
-        "plot draws an Interpolation, an EigenResult, a RandomSharpnessResult, a SharpnessReport "
-        f"or a Comparison; got {type(result).__name__}."
+        "plot draws an Interpolation, an EigenResult, a RandomSharpnessResult, a "
+        f"LayerwiseResult, a SharpnessReport or a Comparison; got {type(result).__name__}."
     )
 
 
@@ -195,6 +196,42 @@ def _(result: RandomSharpnessResult, ax: Axes | None) -> Axes:
     axis.invert_yaxis()
     axis.set_xlabel(f"|L(θ + δ) − L(θ)| / ε, ε = {result.epsilon:g}, {result.samples} samples")
     axis.legend(frameon=False, fontsize="small")
+    return axis
+
+
+@_draw.register
+def _(result: LayerwiseResult, ax: Axes | None) -> Axes:
+    axis = _axis(ax, 6.0, 1.1 + 0.4 * len(result.layers))
+    places = np.arange(len(result.layers))
+    bars = (
+        ("trace", [(v.trace, v.trace_error) for v in result.layers], BLUE, -0.19),
+        (
+            "largest eigenvalue",
+            [(v.eigenvalue, v.residual) for v in result.layers],
+            VERMILLION,
+            0.19,
+        ),
+    )
+    for label, pairs, color, offset in bars:
+        values, errors = (_finite(column) for column in zip(*pairs, strict=True))
+        axis.barh(places + offset, values, 0.36, xerr=errors, color=color, ecolor=GREY, label=label)
+    values = [v for layer in result.layers for v in (layer.trace, layer.eigenvalue)]
+    sizes = [abs(v) for v in values if v != 0 and math.isfinite(v)]
+    # Layers differ by orders of magnitude, and some may be negative.
+    if sizes and min(values) > 0:
+        axis.set_xscale("log")
+        axis.set_xlim(left=min(sizes) / 3)
+    elif sizes:
+        axis.set_xscale("symlog", linthresh=max(min(sizes), 1e-3 * max(sizes)))
+        axis.axvline(0, color=GREY, linewidth=0.8)
+    labels = [layer.name or "(own)" for layer in result.layers]
+    axis.set_yticks(places, labels, fontsize="small")
+    axis.invert_yaxis()
+    axis.set_ylabel("module")
+    axis.set_xlabel("of the Hessian's diagonal block")
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small"
+    )
     return axis
 
 

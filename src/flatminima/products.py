@@ -1,22 +1,31 @@
-"""The ways to compute H v for one batch."""
+"""The ways to compute H v: exactly for one batch, and by differences of gradients."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import NotTwiceDifferentiableError
+from .tracing import GraphTrace, operation_name
 from .vectors import Layout
 
-__all__ = ["double_backward"]
+__all__ = ["Block", "block_double_backward", "central_differences", "double_backward"]
+
+Block = Sequence[int]
+"""Positions of the leaves that make up a diagonal block of the Hessian."""
 
 
 def double_backward(
-    loss: Tensor, leaves: Sequence[Tensor], vectors: Sequence[Tensor], layout: Layout
+    loss: Tensor,
+    leaves: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    layout: Layout,
+    trace: GraphTrace | None = None,
 ) -> list[Tensor]:
     """H v for each of several v by reverse over reverse (Pearlmutter 1994).
 
@@ -27,63 +36,201 @@ def double_backward(
         leaves: the parameters it is differentiated by.
         vectors: each of shape (n,).
         layout: how the leaves lie in a vector.
+        trace: entered while the loss was computed, when the graph is to be examined.
 
     Returns:
         One new (n,) tensor for each vector; zeros where the gradient is constant.
 
     Raises:
-        NotTwiceDifferentiableError: an operation has no second derivative; the message names it.
+        NotTwiceDifferentiableError: an operation has no second derivative; the error names it,
+            and with `trace` the module that called it.
     """
-    with _second_derivative():
-        return _double_backward(loss, leaves, vectors, layout)
+    with _second_derivative(loss, leaves, trace):
+        graph = _Gradient(loss, leaves)
+        products = []
+        for number, vector in enumerate(vectors, start=1):
+            pieces = graph.product(
+                layout.unflatten(vector), range(len(leaves)), last=number == len(vectors)
+            )
+            products.append(layout.flatten(pieces))
+        return products
+
+
+def block_double_backward(
+    loss: Tensor,
+    leaves: Sequence[Tensor],
+    vector: Tensor,
+    blocks: Sequence[Block],
+    layout: Layout,
+    trace: GraphTrace | None = None,
+) -> Tensor:
+    """The product of `vector` with the diagonal blocks of H alone, shape (n,) → (n,).
+
+    The graph of the gradient is built once; for each block only the part of it between the
+    block's gradient and the block's parameters is gone through again.
+
+    Args:
+        loss: scalar with its graph.
+        leaves: the parameters it is differentiated by.
+        vector: shape (n,); entries outside of the blocks are not looked at.
+        blocks: disjoint.
+        layout: how the leaves lie in a vector.
+        trace: as in `double_backward`.
+
+    Returns:
+        A new vector, zero outside of the blocks.
+
+    Raises:
+        NotTwiceDifferentiableError: an operation has no second derivative.
+    """
+    with _second_derivative(loss, leaves, trace):
+        graph = _Gradient(loss, leaves)
+        pieces = layout.unflatten(vector)
+        out: list[Tensor | None] = [None] * len(leaves)
+        for number, block in enumerate(blocks, start=1):
+            found = graph.product(pieces, block, last=number == len(blocks))
+            for index, piece in zip(block, found, strict=True):
+                out[index] = piece
+        return layout.flatten(out)
+
+
+class _Gradient:
+    """The gradient with its graph."""
+
+    def __init__(self, loss: Tensor, leaves: Sequence[Tensor]) -> None:
+        self.leaves = leaves
+        self.gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+
+    def product(
+        self, pieces: Sequence[Tensor], block: Block, *, last: bool
+    ) -> Sequence[Tensor | None]:
+        """The derivative by the leaves of `block` of the block's gradient times its pieces."""
+        # A gradient without a graph is constant in θ: a linear or an unused parameter.
+        gradients = {i: self.gradients[i] for i in block}
+        kept = {i: g for i, g in gradients.items() if g is not None and g.requires_grad}
+        if not kept:
+            return [None] * len(block)
+        return torch.autograd.grad(
+            list(kept.values()),
+            [self.leaves[i] for i in block],
+            grad_outputs=[pieces[i] for i in kept],
+            retain_graph=not last,
+            allow_unused=True,
+        )
 
 
 # What PyTorch says of an operation without a second derivative.
 _MISSING = re.compile(
-    r"derivative for '?(?P<name>[\w:]+)'? is not implemented|twice.*once_?differentiable", re.S
+    r"derivative for '?(?P<name>[\w:]+)'? is not implemented|twice.*once_?differentiable"
+    r"|(?P<compiled>aot_?autograd does not currently support double backward)",
+    re.S,
 )
 
 
 @contextlib.contextmanager
-def _second_derivative() -> Iterator[None]:
+def _second_derivative(
+    loss: Tensor, leaves: Sequence[Tensor], trace: GraphTrace | None
+) -> Iterator[None]:
     """PyTorch's complaint that there is none, told with the operation and the way out."""
+    refusal = None if trace is None else trace.refusal(loss, leaves)
+    if refusal is not None:
+        raise _not_twice(*refusal)
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, NotImplementedError) as error:
         found = _MISSING.search(str(error))
         if found is None:
             raise
-        name = found["name"] or "a function marked as once_differentiable"
-        raise NotTwiceDifferentiableError(
-            f"PyTorch has no second derivative of {name}. For attention, run under "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); for recurrent layers on CUDA, under "
-            "torch.backends.cudnn.flags(enabled=False); otherwise replace the operation. Measures "
-            "that take first derivatives (ε-sharpness, random perturbations) work as they are."
-        ) from error
+        if found["compiled"]:
+            name = "torch.compile"
+        elif found["name"]:
+            name = operation_name(found["name"])
+        else:
+            name = "a function marked as once_differentiable"
+        raise _not_twice(name, "" if trace is None else trace.place(name)) from error
+    finally:
+        if trace is not None:
+            trace.forget()
 
 
-def _double_backward(
-    loss: Tensor, leaves: Sequence[Tensor], vectors: Sequence[Tensor], layout: Layout
-) -> list[Tensor]:
-    gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-    # A gradient without a graph is constant in θ: a linear or an unused parameter.
-    kept = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-    outputs = [g for g in (gradients[i] for i in kept) if g is not None]
-    products = []
-    for number, vector in enumerate(vectors, start=1):
-        if not outputs:
-            products.append(layout.flatten([None] * len(leaves)))
-            continue
-        pieces = layout.unflatten(vector)
-        products.append(
-            layout.flatten(
-                torch.autograd.grad(
-                    outputs,
-                    leaves,
-                    grad_outputs=[pieces[i] for i in kept],
-                    retain_graph=number < len(vectors),
-                    allow_unused=True,
-                )
-            )
-        )
-    return products
+def _not_twice(operation: str, module: str) -> NotTwiceDifferentiableError:
+    return NotTwiceDifferentiableError(
+        f"PyTorch has no second derivative of {operation}{where(module)}. Replace the "
+        "operation, or let method='auto' or 'finite_differences' take differences of gradients. "
+        "Measures that need first derivatives alone (ε-sharpness, random perturbations) work as "
+        "they are.",
+        operation,
+        module,
+    )
+
+
+def where(module: str) -> str:
+    """A module's name from a trace, as it stands in a sentence."""
+    if not module:
+        return ""
+    return f" (in {module})" if module.startswith("the ") else f" (in the module {module!r})"
+
+
+SHRINKINGS = 2
+"""How often a step may be made smaller when the two differences disagree."""
+
+
+def central_differences(
+    gradient: Callable[[Tensor], Tensor], vector: Tensor, point: Tensor, eps: float
+) -> tuple[Tensor, float]:
+    """H v from gradients at θ ± h v and θ ± h v / 2, and an estimate of its error.
+
+    With D(h) = (∇L(θ + h v) − ∇L(θ − h v)) / 2h the product is (4 D(h/2) − D(h)) / 3, of
+    fourth order in h (Richardson), and ‖D(h/2) − D(h)‖ estimates the error, or what rounding of
+    the gradients adds to it if that is more. The step h is such
+    that no parameter moves by more than eps^(1/4) of their root mean square; it is made 16 times
+    smaller, at most twice, while the two differences disagree by more than 5 % for another reason
+    than rounding.
+
+    Args:
+        gradient: ∇L(θ + δ), shape (n,), for a displacement δ of shape (n,).
+        vector: v, shape (n,).
+        point: θ, shape (n,).
+        eps: the precision of the parameters.
+
+    Returns:
+        H v and the estimated norm of its error.
+    """
+    length = float(vector.abs().max())
+    if length == 0:
+        return torch.zeros_like(vector), 0.0
+    size = float(torch.linalg.vector_norm(point, dtype=_wide(point))) / math.sqrt(len(point))
+    step = eps**0.25 * (size if size > 0 else 1.0) / length
+    best: tuple[Tensor, float] | None = None
+    for _ in range(1 + SHRINKINGS):
+        product, error, rounding = _extrapolated(gradient, vector, step, eps)
+        # No difference at all is that of steps too small for the gradient's digits.
+        if best is None or 0 < error < best[1]:
+            best = product, max(error, rounding)
+        norm = float(torch.linalg.vector_norm(product, dtype=_wide(product)))
+        if not error > max(0.05 * norm, 10 * rounding):
+            break
+        step /= 16
+    return best  # type: ignore[return-value]
+
+
+def _extrapolated(
+    gradient: Callable[[Tensor], Tensor], vector: Tensor, step: float, eps: float
+) -> tuple[Tensor, float, float]:
+    """The extrapolated product, its estimated error, and what rounding may have added to it."""
+    scale = 0.0
+
+    def difference(h: float) -> Tensor:
+        nonlocal scale
+        above, below = gradient(h * vector), gradient(-h * vector)
+        scale = max(scale, float(torch.linalg.vector_norm(above, dtype=_wide(above))))
+        return (above - below).div_(2 * h)
+
+    wide, narrow = difference(step), difference(step / 2)
+    error = float(torch.linalg.vector_norm(narrow - wide, dtype=_wide(wide)))
+    return (4 * narrow - wide).div_(3), error, eps * scale / step
+
+
+def _wide(tensor: Tensor) -> torch.dtype | None:
+    """float64 for norms, where the device has it: squares of small numbers vanish in float32."""
+    return None if tensor.device.type == "mps" else torch.float64

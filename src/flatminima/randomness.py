@@ -11,7 +11,7 @@ import torch
 
 from .errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["Seed", "as_generator", "preserved_random_state", "reseed"]
+__all__ = ["Seed", "as_generator", "preserved_random_state", "rademacher", "reseed"]
 
 Seed = int | torch.Generator
 
@@ -37,6 +37,14 @@ def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
     if not -(2**63) <= int(seed) < 2**64:
         raise InvalidArgumentError(f"The 'seed' argument must fit into 64 bits; got {seed!r}.")
     return torch.Generator(device=device).manual_seed(int(seed))
+
+
+def rademacher(
+    count: int, size: int, generator: torch.Generator, *, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Independent signs, shape (count, size)."""
+    bits = torch.randint(2, (count, size), generator=generator, device=generator.device)
+    return bits.to(device, dtype).mul_(2).sub_(1)
 
 
 def reseed(seed: int) -> None:

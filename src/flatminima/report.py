@@ -16,8 +16,10 @@ from .errors import ArgumentTypeError
 from .estimators.trace import TraceResult, trace
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, random_sharpness
+from .modules import drops
 from .objective import Objective
-from .operators import HessianOperator
+from .operators.hessian import HessianOperator
+from .pieces import Microbatch
 from .progress import progress_bar
 from .randomness import Seed
 from .results import Outcome, Result, Table, format_number
@@ -191,6 +193,7 @@ def sharpness(
     cache: bool | Literal["auto"] = "auto",
     batch_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     batch_size: int = 1024,
+    microbatch: Microbatch = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> SharpnessReport:
@@ -218,6 +221,7 @@ def sharpness(
         cache: as in [`Objective`][flatminima.Objective].
         batch_loss: as in [`Objective`][flatminima.Objective].
         batch_size: as in [`Objective`][flatminima.Objective].
+        microbatch: as in [`Objective`][flatminima.Objective].
         seed: of everything random; each measure starts from it anew, so that a subset of the
             measures gives the same numbers.
         progress: show bars for what takes long.
@@ -270,6 +274,7 @@ def sharpness(
         cache=cache,
         batch_loss=batch_loss,
         batch_size=batch_size,
+        microbatch=microbatch,
         progress=progress,
     )
     operator = HessianOperator(objective)
@@ -312,7 +317,7 @@ def sharpness(
                 total = trace(operator, products=trace_products, **shared)
             bar.update()
     return SharpnessReport(
-        model=type(model).__name__,
+        model=type(objective.model).__name__,
         parameters=objective.size,
         examples=objective.examples,
         mode=mode,
@@ -323,17 +328,25 @@ def sharpness(
         largest=largest,
         smallest=smallest,
         trace=total,
-        notes=_notes(model, mode),
+        notes=_notes(objective, operator),
     )
 
 
-def _notes(model: nn.Module, mode: str) -> tuple[str, ...]:
-    kinds = {
-        "dropout": nn.modules.dropout._DropoutNd,
-        "batch norm": nn.modules.batchnorm._BatchNorm,
+def _notes(objective: Objective, operator: HessianOperator) -> tuple[str, ...]:
+    notes = []
+    modules = list(objective.model.modules())
+    found = {
+        "dropout off": any(map(drops, modules)),
+        "batch norm with its running statistics": any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+            for m in modules
+        ),
     }
-    found = [n for n, kind in kinds.items() if any(isinstance(m, kind) for m in model.modules())]
-    if not found or mode != "eval":
-        return ()
-    ways = {"dropout": "dropout off", "batch norm": "batch norm with its running statistics"}
-    return ("Evaluation mode: " + " and ".join(ways[n] for n in found) + ".",)
+    if objective.mode == "eval" and any(found.values()):
+        notes.append(f"Evaluation mode: {' and '.join(w for w, is_so in found.items() if is_so)}.")
+    if operator.reason:
+        notes.append(
+            f"{operator.reason[:-1]}: Hessian products are differences of gradients, with an "
+            f"estimated error of up to {operator.error:.1e} for unit vectors."
+        )
+    return tuple(notes)

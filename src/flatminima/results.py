@@ -40,6 +40,10 @@ class Outcome(enum.Enum):
     PRODUCT_LIMIT = (
         "Not converged: the product limit was reached before every pair was found to the tolerance."
     )
+    INEXACT_PRODUCTS = (
+        "As far as the products allow: they are differences of gradients, whose estimated error "
+        "is above the tolerance; the residuals include it."
+    )
     ITERATION_LIMIT = (
         "Stopped after the given number of iterations, as the metric prescribes; "
         "the true maximum may be higher."

@@ -80,7 +80,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
     if not any(p.numel() for p in chosen.values()):
         raise ParameterSelectionError("The selected parameters have no elements.")
     for name, parameter in chosen.items():
-        if not parameter.dtype.is_floating_point:
+        narrow = parameter.dtype.itemsize < 2
+        if narrow or not parameter.dtype.is_floating_point:
             raise ParameterSelectionError(
                 f"The parameter {name!r} is of type {parameter.dtype}, along which no derivative "
                 "exists here; leave it out with params=."
@@ -142,6 +143,14 @@ class Layout:
         for name, size in zip(self.names, self.sizes, strict=True):
             yield name, slice(start, start + size)
             start += size
+
+    def mask(self, positions: Iterable[int]) -> Tensor:
+        """A vector (size,) of ones at the tensors in these positions, zeros elsewhere."""
+        out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        places = [place for _, place in self.slices()]
+        for position in positions:
+            out[places[position]] = 1
+        return out
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """One new vector (size,) from a tensor for each name; None counts as zeros."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Generator
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from ..checks import check_choice, check_integer
 from ..errors import NonFiniteError, NotSymmetricError
-from ..operators import LinearOperator, check_operator
+from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
 from ..results import Outcome
 from .result import ROUNDING, EigenResult, check_tolerance, finish
 
-__all__ = ["lanczos"]
+__all__ = ["LanczosSteps", "lanczos"]
 
 Floats = NDArray[np.float64]
+R = TypeVar("R")
 
 WHICH = ("LA", "SA", "LM", "BE")
 
@@ -90,10 +92,20 @@ def lanczos(
     limit = check_integer("lanczos", "max_products", limit, low=k)
     rows = max(2 * k + 10, 20) if basis_size is None else basis_size
     rows = min(n, check_integer("lanczos", "basis_size", rows, low=min(n, k + 3)))
-    solver = _Solver(operator, k, which, tol, limit, rows, seed)
+    solver = LanczosSteps(operator, n, k, which, tol, limit, rows, seed)
     with progress_bar("lanczos", total=limit, unit="product", show=progress) as bar:
-        result = solver.run(bar)
-    return finish(result, call="lanczos", bound=tol * solver.largest, strict=strict)
+        steps = solver.run()
+        vector = next(steps)
+        while True:
+            try:
+                # Not `matvec`: NaN is found with the step's own transfer.
+                vector = steps.send(operator._products(vector.unsqueeze(0))[0])
+            except StopIteration as stop:
+                result = stop.value
+                break
+            bar.set_postfix_str(f"largest residual {solver.worst:.1e}", refresh=False)
+            bar.update()
+    return finish(result, call="lanczos", bound=tol * solver.scale, strict=strict)
 
 
 @dataclasses.dataclass
@@ -108,10 +120,28 @@ class _Ritz:
     """Positions of the (up to k) pairs asked for, best first."""
 
 
-class _Solver:
+Steps = Generator[Tensor, Tensor, R]
+"""Yields a vector to be multiplied, is sent the product, and returns R."""
+
+
+class LanczosSteps:
+    """The iteration, which asks for its products, so that several can advance together.
+
+    Args:
+        operator: gives type, device, name and error of the products.
+        size: n, of the vectors.
+        k: as in `lanczos`, and so are the others; `rows` is its basis_size.
+        which: which end.
+        tol: the tolerance.
+        limit: on products.
+        rows: vectors that are kept.
+        seed: of the random start vectors.
+    """
+
     def __init__(
         self,
         operator: LinearOperator,
+        size: int,
         k: int,
         which: str,
         tol: float,
@@ -121,7 +151,7 @@ class _Solver:
     ) -> None:
         self.operator, self.k, self.which = operator, k, which
         self.tol, self.limit = tol, limit
-        self.n, self.dtype, self.device = operator.shape[0], operator.dtype, operator.device
+        self.n, self.dtype, self.device = size, operator.dtype, operator.device
         self.generator = as_generator(seed, self.device)
         self.eps = float(torch.finfo(self.dtype).eps)
         # Locked vectors first, then the chain: one contiguous array, one row for each vector.
@@ -131,36 +161,46 @@ class _Solver:
         self.residuals = np.empty(0)
         """Of the locked pairs: ‖A u − θ u‖ or a bound on it."""
         self.products = 0
+        self.worst = math.inf
+        """The largest residual at present."""
         self.largest = 0.0
         """Largest |Ritz value| so far, a lower bound of ‖A‖."""
         # Steps of a chain that looks for what the locked pairs have missed: more of them the
         # more exact the answer is meant to be.
         self.probe_steps = max(6, math.ceil(-2 * math.log10(tol)))
 
-    def run(self, bar: Any) -> EigenResult:
+    def run(self) -> Steps[EigenResult]:
+        """The whole iteration."""
         certain = False
         """Whether a search for missed pairs has ended with none."""
         while not certain and self.products < self.limit:
-            start = self._residual_start(bar)
+            start = yield from self._residual_start()
             complete = len(self.values) == self.k and start is None
             if start is None:
                 start = self._random_start()
             if start is None or self.products >= self.limit:
                 certain = start is None
                 break
-            ritz, ended = self._chain(start, bar, minimum=self.probe_steps if complete else 1)
+            minimum = self.probe_steps if complete else 1
+            ritz, ended = yield from self._chain(start, minimum=minimum)
             values = ritz.values[ritz.wanted]
-            if complete and np.abs(values - self.values).max() <= self.tol * self.largest:
+            if complete and np.abs(values - self.values).max() <= self.tol * self.scale:
                 certain = ended
             else:
                 self._lock(ritz)
                 certain = len(self.values) == self.n
-        converged = certain and len(self.values) == self.k and not self._late(self.residuals)
+        outcome = Outcome.PRODUCT_LIMIT
+        residuals = self._honest(self.residuals) + self.operator.error
+        if certain and len(self.values) == self.k and not self._late(self.residuals):
+            # Where all is noise, zero is as true as any other value within the residual.
+            noise = self.largest <= max(10 * self.operator.error, self.operator.floor)
+            exact = noise or bool((residuals <= self.tol * self.scale).all())
+            outcome = Outcome.CONVERGED if exact else Outcome.INEXACT_PRODUCTS
         return EigenResult(
             eigenvalues=torch.as_tensor(self.values),
             eigenvectors=self.basis[: len(self.values)].clone().T,
-            residuals=torch.as_tensor(self._honest(self.residuals)),
-            outcome=Outcome.CONVERGED if converged else Outcome.PRODUCT_LIMIT,
+            residuals=torch.as_tensor(residuals),
+            outcome=outcome,
             products=self.products,
             which=self.which,
             tol=self.tol,
@@ -169,14 +209,14 @@ class _Solver:
 
     # ---------------------------------------------------------------------------------- starts
 
-    def _residual_start(self, bar: Any) -> Tensor | None:
+    def _residual_start(self) -> Steps[Tensor | None]:
         """The residual of a locked pair whose bound is above the tolerance; None without one."""
         for i in range(len(self.values)):
             if not self._late(self.residuals[i : i + 1]) or self.products >= self.limit:
                 continue
             vector = self.basis[i]
-            error = self._product(vector) - float(self.values[i]) * vector
-            bar.update()
+            self.products += 1
+            error = (yield vector) - float(self.values[i]) * vector
             norm = float(torch.linalg.vector_norm(error))
             if not math.isfinite(norm):
                 raise self._not_finite()
@@ -203,7 +243,7 @@ class _Solver:
 
     # ----------------------------------------------------------------------------------- chain
 
-    def _chain(self, start: Tensor, bar: Any, *, minimum: int) -> tuple[_Ritz, bool]:
+    def _chain(self, start: Tensor, *, minimum: int) -> Steps[tuple[_Ritz, bool]]:
         """Lanczos from `start`, orthogonal to the locked vectors, until what is wanted converged.
 
         It ends early on an invariant space, and at the product limit, which is then told by False.
@@ -217,7 +257,8 @@ class _Solver:
         while True:
             self.basis[first + size] = vector
             present = self.basis[: first + size + 1]
-            remainder = self._product(vector)
+            self.products += 1
+            remainder = yield vector
             heights = present @ remainder
             remainder = remainder - present.T @ heights
             correction = present @ remainder
@@ -241,8 +282,7 @@ class _Solver:
             exhausted = first + size == self.n or beta <= ROUNDING * self.eps * scale
             ritz = self._ritz(projected[:size, :size], coupling[:, :size], 0 if exhausted else beta)
             worst = ritz.residuals[ritz.wanted]
-            bar.set_postfix_str(f"largest residual {worst.max():.1e}", refresh=False)
-            bar.update()
+            self.worst = float(worst.max())
             converged = len(worst) == self.k and not self._late(worst)
             ended = (converged and steps >= minimum) or exhausted
             if ended or self.products >= self.limit:
@@ -264,11 +304,6 @@ class _Solver:
         """How many Ritz vectors of a full chain to go on with: about half."""
         return min(size - 1, max(self.k - len(self.values) + 1, size // 2 + 1))
 
-    def _product(self, vector: Tensor) -> Tensor:
-        """As `matvec` without its checks: NaN is found with the step's own transfer."""
-        self.products += 1
-        return self.operator._products(vector.unsqueeze(0))[0]
-
     def _not_finite(self) -> NonFiniteError:
         return NonFiniteError(
             f"Product number {self.products} with {self.operator!r} holds NaN or infinity."
@@ -277,7 +312,7 @@ class _Solver:
     def _check_symmetry(self, gaps: Floats, scale: float) -> None:
         scale = max(scale, self.largest)
         gap = float(np.abs(gaps).max()) if len(gaps) else 0.0
-        if gap > 0.05 * scale:
+        if gap > max(0.05 * scale, 20 * self.operator.error, self.operator.floor):
             raise NotSymmetricError(
                 f"{self.operator!r} is not symmetric: ⟨u, A v⟩ and ⟨A u, v⟩ differ by {gap:.2e} "
                 f"for unit vectors where products are of size {scale:.2e}. Lanczos needs a "
@@ -287,7 +322,12 @@ class _Solver:
     # -------------------------------------------------------------------------------- algebra
 
     def _late(self, residuals: Floats) -> bool:
-        return bool((self._honest(residuals) > self.tol * self.largest).any())
+        return bool((self._honest(residuals) > self.tol * self.scale).any())
+
+    @property
+    def scale(self) -> float:
+        """What the tolerance is relative to."""
+        return max(self.largest, self.operator.floor)
 
     def _honest(self, residuals: Floats) -> Floats:
         """Residuals from the recurrence, not below what rounding of the products adds to them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_integer
 from ..errors import NonFiniteError
-from ..operators import LinearOperator, check_operator
+from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
 from ..results import Outcome
@@ -81,7 +81,7 @@ def power_iteration(
                 operator, found, images, index, tol, budget, scale, generator, bar
             )
             products += spent
-    result = _rotated(found, images, products, tol)
+    result = _rotated(found, images, products, tol, operator.error)
     bound = tol * float(result.eigenvalues.abs().max())
     return finish(result, call="power_iteration", bound=bound, strict=strict)
 
@@ -133,7 +133,7 @@ def _orthonormalised(vector: Tensor, earlier: Tensor) -> Tensor:
     return unit
 
 
-def _rotated(found: Tensor, images: Tensor, products: int, tol: float) -> EigenResult:
+def _rotated(found: Tensor, images: Tensor, products: int, tol: float, error: float) -> EigenResult:
     """Rayleigh–Ritz on the span of `found`, whose products `images` are at hand."""
     small = (found @ images.T).cpu().double()
     ascending, rotation = torch.linalg.eigh((small + small.T) / 2)
@@ -146,12 +146,16 @@ def _rotated(found: Tensor, images: Tensor, products: int, tol: float) -> EigenR
     scale = float(values.abs().max())
     floor = ROUNDING * torch.finfo(found.dtype).eps * scale
     residuals = residuals.clamp(min=floor)
-    converged = bool((residuals <= tol * scale).all())
+    outcome = Outcome.CONVERGED
+    if not bool((residuals <= tol * scale).all()):
+        outcome = Outcome.PRODUCT_LIMIT
+    elif not bool((residuals + error <= tol * scale).all()):
+        outcome = Outcome.INEXACT_PRODUCTS
     return EigenResult(
         eigenvalues=values,
         eigenvectors=vectors.T,
-        residuals=residuals,
-        outcome=Outcome.CONVERGED if converged else Outcome.PRODUCT_LIMIT,
+        residuals=residuals + error,
+        outcome=outcome,
         products=products,
         which="LM",
         tol=tol,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import torch
 from torch import Tensor
 
 from ..checks import check_positive
-from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError
+from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError, warn
 from ..results import Outcome, Result, Table, format_number
 
 __all__ = ["EigenResult"]
@@ -24,7 +23,7 @@ class EigenResult(Result):
         eigenvectors: (n, k) of the operator's dtype on its device, orthonormal columns; None
             once dropped.
         residuals: (k,) ‖A u − λ u‖ in float64: some eigenvalue lies within that of λ.
-        outcome: converged, or stopped at the product limit.
+        outcome: converged, stopped at the product limit, or as exact as the products are.
         products: number of products with the operator that it took.
         which: the end of the spectrum that was asked for.
         tol: the tolerance that was asked for, relative to the largest |Ritz value|.
@@ -99,7 +98,13 @@ def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> Eig
     worst = (
         f"the largest residual is {float(result.residuals.max()):.2e}, the tolerance {bound:.2e}"
     )
-    if late:
+    if result.outcome is Outcome.INEXACT_PRODUCTS:
+        message = (
+            f"{call}: the products are differences of gradients, and their estimated error keeps "
+            f"{late} of {len(result.eigenvalues)} residuals above the tolerance; {worst}. Raise "
+            "tol, or use a float64 model."
+        )
+    elif late:
         message = (
             f"{call}: {late} of {len(result.eigenvalues)} eigenpairs did not converge within "
             f"{result.products} products; {worst}. Raise max_products or tol, or ask for fewer "
@@ -112,5 +117,5 @@ def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> Eig
         )
     if strict:
         raise ConvergenceError(message, result)
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    warn(message, ConvergenceWarning)
     return result

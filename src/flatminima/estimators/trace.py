@@ -9,9 +9,9 @@ import torch
 
 from ..checks import check_integer
 from ..errors import NonFiniteError
-from ..operators import LinearOperator, check_operator
+from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
-from ..randomness import Seed, as_generator
+from ..randomness import Seed, as_generator, rademacher
 from ..results import Outcome, Result, Table, format_number
 
 __all__ = ["TraceResult", "trace"]
@@ -98,8 +98,7 @@ def trace(
     with progress_bar("trace", total=products, unit="product", show=progress) as bar:
         while len(samples) < products:
             count = min(width, products - len(samples))
-            bits = torch.randint(2, (count, n), generator=generator, device=generator.device)
-            signs = bits.to(operator.device, operator.dtype).mul_(2).sub_(1)
+            signs = rademacher(count, n, generator, dtype=operator.dtype, device=operator.device)
             forms = torch.linalg.vecdot(signs, operator._products(signs))
             samples += forms.cpu().double().tolist()
             bar.update(count)

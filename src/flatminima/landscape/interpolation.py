@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
 from ..metrics import Metric
+from ..modules import unwrapped, without_prefix
 from ..objective import Objective, check_objective
 from ..progress import progress_bar
 from ..results import Outcome, Result, Table, format_number
@@ -261,9 +262,15 @@ def _model_state(model: nn.Module) -> State:
 def _state(objective: Objective, endpoint: Endpoint, argument: str) -> State:
     own = _model_state(objective.model)
     if isinstance(endpoint, nn.Module):
-        given = _model_state(endpoint)
+        given = _model_state(unwrapped(endpoint))
     elif isinstance(endpoint, Mapping):
         given = {n: t.detach() for n, t in endpoint.items() if isinstance(t, Tensor)}
+        while not given.keys() & own.keys():
+            # Saved from a compiled or a data-parallel model, or from one of both.
+            shorter = {without_prefix(n): t for n, t in given.items()}
+            if shorter.keys() == given.keys():
+                break
+            given = shorter
         # A state dict lists tied tensors under every name and leaves out buffers that are not
         # persistent; the model's own names decide.
         persistent = set(objective.model.state_dict())

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_integer
-from .errors import (
+from ..checks import check_device, check_integer
+from ..errors import (
     ArgumentTypeError,
     DeviceError,
     InvalidArgumentError,
@@ -19,13 +19,10 @@ from .errors import (
     NotSymmetricError,
     ShapeError,
 )
-from .objective import Objective, check_objective
-from .products import double_backward
-from .vectors import check_vector
+from ..vectors import check_vector
 
 __all__ = [
     "FunctionOperator",
-    "HessianOperator",
     "LinearOperator",
     "MatrixOperator",
     "check_operator",
@@ -42,6 +39,10 @@ class LinearOperator(ABC):
         shape: (n, n).
         dtype: of the vectors.
         device: of the vectors.
+        error: how far a product with a unit vector is known to be off, beyond rounding; an
+            operator whose products are not exact raises it as it learns more.
+        floor: products with unit vectors shorter than this cannot be told from rounding; 0 where
+            only their own precision limits them.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -57,6 +58,8 @@ class LinearOperator(ABC):
         self.shape: tuple[int, int] = (size, size)
         self.dtype = dtype
         self.device = device
+        self.error = 0.0
+        self.floor = 0.0
 
     @abstractmethod
     def _products(self, vectors: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class LinearOperator(ABC):
         Raises:
             ShapeError: `vector` has another shape.
             DeviceError: `vector` lies on another device.
-            NonFiniteError: `vector` holds NaN or infinity.
+            NonFiniteError: `vector`, or the product, holds NaN or infinity.
         """
         checked = check_vector(
             f"{type(self).__name__}.matvec",
@@ -77,7 +80,7 @@ class LinearOperator(ABC):
             dtype=self.dtype,
             device=self.device,
         )
-        return self._products(checked.unsqueeze(0))[0]
+        return self._finite(self._products(checked.unsqueeze(0)))[0]
 
     def matmat(self, matrix: Tensor) -> Tensor:
         """The products with the columns of `matrix`, shape (n, k) → (n, k).
@@ -85,7 +88,7 @@ class LinearOperator(ABC):
         Raises:
             ShapeError: `matrix` has another shape.
             DeviceError: `matrix` lies on another device.
-            NonFiniteError: `matrix` holds NaN or infinity.
+            NonFiniteError: `matrix`, or a product, holds NaN or infinity.
         """
         checked = check_vector(
             f"{type(self).__name__}.matmat",
@@ -97,7 +100,15 @@ class LinearOperator(ABC):
         )
         if checked.shape[1] == 0:
             return checked.clone()
-        return self._products(checked.T.contiguous()).T
+        return self._finite(self._products(checked.T.contiguous())).T
+
+    def _finite(self, products: Tensor) -> Tensor:
+        if not bool(torch.isfinite(products).all()):
+            raise NonFiniteError(
+                f"A product with {self!r} holds NaN or infinity. Where the loss is finite, half "
+                "precision may have overflowed: use bfloat16 or float32."
+            )
+        return products
 
     def __matmul__(self, other: Tensor) -> Tensor:
         if not isinstance(other, Tensor):
@@ -261,43 +272,4 @@ class FunctionOperator(LinearOperator):
                 )
             # Copied at once: the function may write its next product into the same tensor.
             out.copy_(product.detach())
-        return products
-
-
-class HessianOperator(LinearOperator):
-    """H = ∇²L(θ), by exact products over the whole data set.
-
-    Counting operations, a product costs three gradients: the gradient with its graph, and twice as
-    much to differentiate it. `matmat` reads each batch and builds that graph once for all columns.
-
-    Args:
-        objective: what is differentiated twice, at the model's present parameters.
-
-    Attributes:
-        objective: as given.
-
-    Raises:
-        NonFiniteError: from a product, when the loss of a batch is not finite.
-        NotTwiceDifferentiableError: from a product, when an operation has no second derivative.
-
-    Examples:
-        >>> import torch, flatminima as fm
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
-        >>> hessian = fm.HessianOperator(fm.Objective(model, torch.nn.MSELoss(), (x, y)))
-        >>> hessian @ torch.tensor([1.0, 1.0])  # 2 XᵀX / N = diag(1, 4)
-        tensor([1., 4.])
-    """
-
-    def __init__(self, objective: Objective) -> None:
-        check_objective("HessianOperator", objective)
-        super().__init__(objective.size, objective.dtype, objective.device)
-        self.objective = objective
-
-    def _products(self, vectors: Tensor) -> Tensor:
-        def part(loss: Tensor, leaves: list[Tensor]) -> Tensor:
-            return torch.stack(double_backward(loss, leaves, list(vectors), self.objective.layout))
-
-        products = self.objective.sum_over_batches(part)[1]
-        assert products is not None
         return products

@@ -1,0 +1,286 @@
+"""One batch at a time: the loss at replaced parameters, by a module that stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .batches import Batch, Batches, available_bytes, located
+from .errors import LossNotScalarError, NonFiniteError
+from .failures import explained
+from .guards import Derivatives, evaluating
+from .nested import same_tensors, to_device
+from .pieces import Pieces
+from .randomness import reseed
+from .weights import split_pair
+
+__all__ = ["Evaluated", "Evaluator"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What became of one batch, shown while the replaced tensors are still in the module."""
+
+    batch: Batch
+    loss: Tensor
+    """ℓ_b, a scalar with its graph."""
+    output: Any
+    """Of the model, and the target: None under `batch_loss`."""
+    target: Any
+    tensors: dict[str, Tensor]
+    """The parameters that the loss was computed with."""
+
+
+class Evaluator:
+    """The loop over the batches, with everything that keeps the user's things from harm.
+
+    Args:
+        model: without wrappers.
+        loss_fn: as in `Objective`.
+        batch_loss: as in `Objective`.
+        mode: as in `Objective`.
+        batches: the data.
+        is_sum: whether the losses are sums already, not means to be weighted.
+        pieces: how batches are cut where they do not fit into memory.
+        tolerance: relative; what two ways of computing a loss may differ by.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        batch_loss: Callable[[nn.Module, Any], Any] | None,
+        *,
+        mode: str,
+        batches: Batches,
+        is_sum: bool,
+        pieces: Pieces,
+        tolerance: float,
+    ) -> None:
+        self.model, self.mode, self.batches = model, mode, batches
+        self.is_sum, self.pieces, self.tolerance = is_sum, pieces, tolerance
+        self._forward = _Forward(model, loss_fn, batch_loss)
+        # None until one whole pass has shown whether the model leaves these alone; until then,
+        # and where it does not, each batch gets copies.
+        self._writes: bool | None = None
+
+    def mean_loss(
+        self,
+        parameters: Callable[[], dict[str, Tensor]],
+        buffers: Mapping[str, Tensor],
+        visit: Callable[[Evaluated], None],
+        *,
+        check: bool,
+        derivatives: Derivatives,
+    ) -> float:
+        """Σ_b w_b ℓ_b / Σ_b w_b in float64.
+
+        Args:
+            parameters: makes private tensors to evaluate with, by name; the model's other
+                parameters are taken as they are, without a graph.
+            buffers: to evaluate with, of which copies are used.
+            visit: is shown each batch.
+            check: raise for a loss that is not finite.
+            derivatives: how many `visit` takes.
+        """
+        losses: list[Tensor] = []
+        weights: list[float] = []
+        indices: list[int] = []
+        watching = self._writes is None
+        wrote = False
+        copies = self._writes is not False
+        criterion = self._forward.criterion
+        with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
+            leaves = _Copies(parameters)
+            others = self._others(leaves.fresh(), differentiable=derivatives > 0)
+            private = _Copies(lambda: {n: b.detach().clone() for n, b in buffers.items()})
+
+            def forward(batch: Batch, data: Any, show: Callable[[Evaluated], None]) -> Tensor:
+                nonlocal wrote
+                shadows = others.fresh(renew=copies) | private.fresh(renew=copies)
+                reseed(batch.index)
+                try:
+                    own = dataclasses.replace(batch, data=data)
+                    # Not renewed for each batch unless it must be: a graph that is kept from one
+                    # batch to the next is found out by the leaves that both have.
+                    tensors = leaves.fresh(renew=self._writes is True)
+                    return self._forward.evaluate(own, shadows, tensors, show)
+                finally:
+                    wrote = guard.restore() or wrote
+
+            def evaluate(batch: Batch) -> None:
+                nonlocal wrote
+                data = batch.data
+                if copies:
+                    data = to_device(data, self.batches.device, duplicate=True)
+                losses.append(forward(batch, data, visit))
+                weights.append(1.0 if self.is_sum else batch.weight)
+                indices.append(batch.index)
+                if watching:
+                    moved = not same_tensors(leaves.present, parameters())
+                    if moved:
+                        leaves.fresh(renew=True)
+                    wrote = (
+                        wrote
+                        or moved
+                        or not (
+                            same_tensors(data, batch.data)
+                            and same_tensors(private.present, dict(buffers))
+                            and same_tensors(others.present, self._own(others.present))
+                        )
+                    )
+
+            def value_of(piece: Batch) -> float:
+                data = to_device(piece.data, self.batches.device, duplicate=True)
+                return float(forward(piece, data, lambda seen: None))  # noqa: ARG005
+
+            with self.batches.reading() as stream:
+                for batch in stream:
+                    with (
+                        located(batch.index),
+                        explained(batch.index, self.batches.device, batch.data),
+                    ):
+                        self.pieces.check_mean(batch, value_of, self.tolerance)
+                        self.pieces.each(batch, evaluate)
+        if watching:
+            self._writes = wrote
+        # One transfer for all batches: reading each loss as it comes would stall a GPU.
+        values = torch.stack(losses).cpu().double().tolist()
+        for index, value in zip(indices, values, strict=True):
+            if check and not math.isfinite(value):
+                raise NonFiniteError(
+                    f"The loss of batch {index} is {value}; look for NaN in that batch, a "
+                    "diverged model, or a logarithm of zero in the loss."
+                )
+        return _sum([w * v for w, v in zip(weights, values, strict=True)]) / (
+            self.batches.total_weight
+        )
+
+    def _own(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: p.detach() for n, p in self.model.named_parameters() if n in names}
+
+    def _others(self, leaves: Mapping[str, Tensor], *, differentiable: bool) -> _Copies:
+        """The parameters that are not replaced: copies as long as the model may write to them.
+
+        They keep their requires_grad, since reentrant checkpointing gives no gradient at all to
+        a block whose input needs none.
+        """
+        own = {n: p for n, p in self.model.named_parameters() if n not in leaves}
+        size = sum(p.numel() * p.element_size() for p in own.values())
+        # Copies of a backbone that fills the memory would be worse than the risk.
+        copied = self._writes is not False and size <= available_bytes(self.batches.device) // 2
+
+        def make() -> dict[str, Tensor]:
+            # An inference tensor takes part in derivatives only as a copy.
+            twins = {
+                n: p.detach().clone() if copied or p.is_inference() else p.detach()
+                for n, p in own.items()
+            }
+            return {
+                n: t.requires_grad_(differentiable and own[n].requires_grad)
+                for n, t in twins.items()
+            }
+
+        return _Copies(make)
+
+
+class _Copies:
+    """Private tensors in place of a model's own, made again when a forward has written to them."""
+
+    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
+        self._make = make
+        self._renew()
+
+    def _renew(self) -> None:
+        self.present = self._make()
+        self._versions = [t._version for t in self.present.values()]
+
+    def fresh(self, *, renew: bool = False) -> dict[str, Tensor]:
+        present = self.present.values()
+        if renew or any(t._version != v for t, v in zip(present, self._versions, strict=True)):
+            self._renew()
+        return self.present
+
+
+class _Forward(nn.Module):
+    """Around the model, so that `functional_call` reaches all of it.
+
+    The tensors are replaced inside the model itself while this runs, so that a `batch_loss` that
+    calls `model.encoder(...)` or reads `model.weight` sees the replaced ones too, and so does
+    activation checkpointing, which runs parts of the model again during the derivative.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        batch_loss: Callable[[nn.Module, Any], Any] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Wrapped, so that a criterion that is a module is not taken for a part of the model.
+        self._functions = (loss_fn, batch_loss)
+
+    @property
+    def criterion(self) -> object:
+        """The loss function, of whichever kind it is."""
+        return self._functions[0] or self._functions[1]
+
+    def evaluate(
+        self,
+        batch: Batch,
+        others: Mapping[str, Tensor],
+        parameters: dict[str, Tensor],
+        visit: Callable[[Evaluated], None],
+    ) -> Tensor:
+        """ℓ_b without its graph, after `visit` has seen it."""
+        replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
+        loss: Tensor = functional_call(self, replaced, (batch, parameters, visit))
+        return loss
+
+    def forward(
+        self, batch: Batch, parameters: dict[str, Tensor], visit: Callable[[Evaluated], None]
+    ) -> Tensor:
+        loss_fn, batch_loss = self._functions
+        output: Any = None
+        target: Any = None
+        if batch_loss is not None:
+            loss = batch_loss(self.model, batch.data)
+        else:
+            assert loss_fn is not None
+            inputs, target = split_pair(batch.data, batch.index)
+            output = self.model(inputs)
+            loss = loss_fn(output, target)
+        scalar = _checked_loss(loss, batch)
+        visit(Evaluated(batch, scalar, output, target, parameters))
+        return scalar.detach()
+
+
+def _checked_loss(loss: Any, batch: Batch) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossNotScalarError(
+            f"The loss of batch {batch.index} is a {type(loss).__name__}, not a tensor; "
+            "return the loss tensor itself, without .item() or float()."
+        )
+    if loss.numel() != 1:
+        raise LossNotScalarError(
+            f"The loss of batch {batch.index} has shape {tuple(loss.shape)}, not one value; "
+            'use reduction="mean" (or "sum"), or average it yourself.'
+        )
+    if not loss.dtype.is_floating_point:
+        raise LossNotScalarError(
+            f"The loss of batch {batch.index} is of type {loss.dtype}; it must be real."
+        )
+    scalar: Tensor = loss.reshape(())
+    return scalar
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exact sum; fsum itself refuses infinities of both signs."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

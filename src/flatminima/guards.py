@@ -1,0 +1,267 @@
+"""How modules and PyTorch are set while a model is evaluated, and put back afterwards."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Derivatives", "Guard", "evaluating"]
+
+Derivatives = Literal[0, 1, 2]
+"""How many times a loss is going to be differentiated by the parameters."""
+
+
+@contextlib.contextmanager
+def evaluating(
+    model: nn.Module,
+    criterion: object,
+    mode: str,
+    derivatives: Derivatives,
+    *,
+    copies: bool,
+) -> Iterator[Guard]:
+    """Training flags as `mode` wants them, derivatives possible, compiled code run eagerly.
+
+    For second derivatives attention runs under the MATH kernel and recurrent modules without
+    their fused kernels. They do so too wherever a module is in training mode: each kernel draws
+    dropout in its own way, and values, gradients and products must speak of the same function.
+
+    Args:
+        model: without wrappers.
+        criterion: the loss function, guarded too when it is a module.
+        mode: as in `Objective`.
+        derivatives: how many will be taken.
+        copies: give the modules copies of the tensors among their plain attributes, and the
+            criterion of its buffers.
+    """
+    modules = list(model.modules())
+    judges = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    before = _Bound([*modules, *judges])
+    with contextlib.ExitStack() as stack:
+        stack.callback(before.restore)
+        twins = _twins([*map(vars, [*modules, *judges]), *(m._buffers for m in judges)], copies)
+        if mode != "keep":
+            # Set one by one: a model's own train() may do more than set flags. Put back likewise,
+            # as scripted modules do not have theirs among their attributes.
+            for module in modules:
+                if module.training != (mode == "train"):
+                    stack.callback(setattr, module, "training", module.training)
+                    module.training = mode == "train"
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # The fast path of nn.TransformerEncoder is taken only without gradients, and pads in
+        # another way: it would make the loss another function than its gradient's.
+        stack.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        if parametrize._cache_enabled:
+            # Within `parametrize.cached()` a weight made once would stay where it was.
+            stack.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
+            parametrize._cache_enabled = 0
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if derivatives == 0:
+            stack.enter_context(_no_checkpoint_warning())
+        if derivatives == 2 and any(map(_has_weight_norm, modules)):
+            stack.enter_context(_PlainWeightNorm())
+        if derivatives == 2 or any(m.training for m in modules):
+            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+            for module in modules:
+                if isinstance(module, nn.RNNBase):
+                    # On the instance, so that no hook of the user's changes its place.
+                    vars(module)["forward"] = functools.partial(_unfused, module.forward)
+        yield Guard(_Bound([*modules, *judges]), twins)
+
+
+class Guard:
+    """Undoes, after each batch, what its forward has left in the modules."""
+
+    def __init__(self, bound: _Bound, twins: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._bound, self._twins = bound, twins
+
+    def restore(self) -> bool:
+        """Undo it, so that no batch sees another's.
+
+        What a forward binds to its modules (a recurrent layer's list of weights, the normed
+        weight of `spectral_norm`, a cache, a hidden state) was made from replaced parameters.
+
+        Returns:
+            Whether tensors among the attributes had been written to, if copies were given.
+        """
+        self._bound.restore()
+        changed = [(own, twin) for own, twin in self._twins if not torch.equal(own, twin)]
+        with torch.no_grad():
+            for own, twin in changed:
+                twin.copy_(own)
+        return bool(changed)
+
+
+def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor, Tensor]]:
+    """The tensors bound in `owners`, each with the copy that has taken its place."""
+    pairs = []
+    for bound in owners if copies else ():
+        for name, value in list(bound.items()):
+            if isinstance(value, Tensor):
+                bound[name] = value.detach().clone()
+                pairs.append((value.detach(), bound[name]))
+    return pairs
+
+
+def _unfused(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A recurrent module's forward without cuDNN's and oneDNN's kernels, its own alone."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    enabled = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        return forward(*args, **kwargs)
+    finally:
+        for backend, flag in zip(backends, enabled, strict=True):
+            backend.enabled = flag
+
+
+def _has_weight_norm(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return type(module).__name__ == "_WeightNorm" or any(type(h) is WeightNorm for h in hooks)
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """`torch._weight_norm` written out: PyTorch's second derivative of it is wrong.
+
+    It takes the norms for constants, so that the Hessian is not even symmetric (seen in torch 2.6
+    to 2.13; `gradgradcheck` fails).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+@contextlib.contextmanager
+def _no_checkpoint_warning() -> Iterator[None]:
+    """Reentrant checkpointing warns that gradients will be None where none are wanted."""
+    warn = getattr(torch.utils.checkpoint, "check_backward_validity", None)
+    if warn is None:
+        yield
+        return
+    try:
+        torch.utils.checkpoint.check_backward_validity = lambda inputs: None  # noqa: ARG005
+        yield
+    finally:
+        torch.utils.checkpoint.check_backward_validity = warn
+
+
+class _Bound:
+    """What is bound to modules, and what lies behind their attributes.
+
+    That is: what is bound to plain objects (a configuration), what lists, dictionaries and sets
+    hold, and the states of random generators.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        own = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules)]
+        values = {id(v): v for m in modules for v in vars(m).values()}.values()
+        bound = {id(d): d for d in [*own, *(vars(v) for v in values if _is_plain(v))]}
+        self._kept = [(d, dict(d), [*map(id, d.values())]) for d in bound.values()]
+        held = [v for v in _containers(values) if id(v) not in bound]
+        self._empty = [v for v in held if not v]
+        self._filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for v in held if v]
+        self._arrays = [(v, v.copy()) for v in values if isinstance(v, np.ndarray)]
+        self._generators = [(v, _state(v)) for v in values if isinstance(v, _GENERATORS)]
+
+    def restore(self) -> None:
+        for bound, before, ids in self._kept:
+            if [*map(id, bound.values())] == ids:
+                continue
+            for name in bound.keys() - before.keys():
+                del bound[name]
+            bound.update(before)
+        if any(self._empty):
+            for held in self._empty:
+                held.clear()
+        for held, members in self._filled:
+            if _same_members(held, members):
+                continue
+            held.clear()
+            if isinstance(held, (list, collections.deque)):
+                held.extend(members)
+            else:
+                held.update(members)
+        for array, content in self._arrays:
+            if array.dtype != object and array.tobytes() != content.tobytes():
+                array[...] = content
+        for generator, state in self._generators:
+            _set_state(generator, state)
+
+
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    read = getattr(generator, "getstate", None) or generator.get_state
+    return read()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        (getattr(generator, "setstate", None) or generator.set_state)(state)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is an object with attributes of its own, neither code nor tensor nor module."""
+    code = (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
+    return hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, *code))
+
+
+_CONTAINERS = (list, dict, set, collections.deque)
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    """The lists, dictionaries, sets and deques among `values`, and those within them."""
+    found: dict[int, Any] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _CONTAINERS) and id(value) not in found:
+            found[id(value)] = value
+            waiting += value.values() if isinstance(value, dict) else value
+    return list(found.values())
+
+
+def _same_members(container: Any, before: Any) -> bool:
+    """Whether it holds the very same objects in the same order."""
+    if len(container) != len(before):
+        return False
+    if isinstance(container, dict):
+        return [*map(id, container.values())] == [*map(id, before.values())] and (
+            container.keys() == before.keys()
+        )
+    return [*map(id, container)] == [*map(id, before)]

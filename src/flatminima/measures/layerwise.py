@@ -1,0 +1,282 @@
+"""Curvature of each part of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from ..checks import check_integer
+from ..eigen.lanczos import LanczosSteps, Steps
+from ..eigen.result import EigenResult, check_tolerance
+from ..errors import ConvergenceWarning, NonFiniteError, warn
+from ..estimators.trace import BLOCK_BYTES
+from ..objective import Objective, check_objective
+from ..operators.hessian import HessianOperator
+from ..progress import progress_bar
+from ..randomness import Seed, as_generator, rademacher
+from ..results import Outcome, Result, Table, format_number
+
+__all__ = ["LayerCurvature", "LayerwiseResult", "layerwise"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerCurvature(Result):
+    """The curvature of the loss along the parameters of one module.
+
+    Attributes:
+        name: of the module, as in `model.named_modules()`; "" for the model's own parameters.
+        parameters: how many of its parameters are selected.
+        trace: of its diagonal block of the Hessian.
+        trace_error: standard error of `trace`.
+        eigenvalue: the largest eigenvalue of the block.
+        residual: ‖H u − λ u‖ in the block: some eigenvalue of it lies within that of λ.
+        products: of the block with a vector, for the eigenvalue.
+        outcome: of the eigenvalue.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> result = fm.layerwise(fm.Objective(model, torch.nn.MSELoss(), data))
+        >>> [(layer.name, layer.parameters) for layer in result.layers]
+        [('0', 9), ('1', 4)]
+    """
+
+    name: str
+    parameters: int
+    trace: float
+    trace_error: float
+    eigenvalue: float
+    residual: float
+    products: int
+    outcome: Outcome
+
+    def _table(self) -> Table:
+        return Table(_HEADER, (_row(self),))
+
+
+_HEADER = ("module", "parameters", "trace", "± error", "largest eigenvalue", "residual", "outcome")
+
+
+def _row(layer: LayerCurvature) -> tuple[str, ...]:
+    return (
+        layer.name or "(the model's own)",
+        str(layer.parameters),
+        format_number(layer.trace),
+        format_number(layer.trace_error, 2),
+        format_number(layer.eigenvalue),
+        format_number(layer.residual, 2),
+        layer.outcome.brief,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerwiseResult(Result):
+    """Trace and largest eigenvalue of the Hessian's diagonal block of each module.
+
+    Attributes:
+        layers: one for each module, in the model's order.
+        trace: of the whole Hessian, the sum of the blocks' traces.
+        trace_products: products with the whole Hessian, for the traces.
+        passes: over the data, for the eigenvalues of all blocks together.
+        outcome: converged where every block's eigenvalue is; otherwise the first other one.
+        notes: what a reader should know about how it was measured.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> result = fm.layerwise(fm.Objective(model, torch.nn.MSELoss(), data))
+        >>> result.outcome.brief
+        'converged'
+    """
+
+    layers: tuple[LayerCurvature, ...]
+    trace: float
+    trace_products: int
+    passes: int
+    outcome: Outcome
+    notes: tuple[str, ...]
+
+    def _table(self) -> Table:
+        cost = f"{self.trace_products} products for the traces, {self.passes} passes over the data"
+        return Table(
+            header=_HEADER,
+            rows=tuple(map(_row, self.layers)),
+            title="Curvature of each module: diagonal blocks of the Hessian",
+            notes=(f"{self.outcome.value} {cost} for all eigenvalues together.", *self.notes),
+        )
+
+
+def layerwise(
+    objective: Objective,
+    *,
+    depth: int | None = None,
+    trace_products: int = 50,
+    tol: float = 1e-2,
+    max_products: int = 200,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> LayerwiseResult:
+    """Trace and largest eigenvalue of the Hessian for each module by itself.
+
+    The traces come from the same Rademacher vectors (Hutchinson 1989): for a probe z, the part
+    of zᵀ H z that lies in a block is an unbiased estimate of the block's trace, so all of them
+    cost one product for each probe. The eigenvalues come from one Lanczos iteration for each
+    block, all advanced together: each pass reads a batch once, builds the graph of its gradient
+    once, and differentiates for each block that is not done yet only what lies between its
+    gradient and its parameters.
+
+    Args:
+        objective: its selected parameters are divided among the modules that own them.
+        depth: how many parts of a module's name tell modules apart: with 1, `encoder.0.weight`
+            and `encoder.1.weight` are both of "encoder". None takes each module by itself.
+        trace_products: number of probes, two at least.
+        tol: a block's eigenvalue is converged when ‖H u − λ u‖ ≤ tol · max |Ritz value|.
+        max_products: limit on products with each block.
+        seed: of the probes and the start vectors.
+        progress: show a bar if it takes long.
+
+    Returns:
+        One entry for each module, each number with its error.
+
+    Raises:
+        InvalidArgumentError: counts or a tolerance out of range.
+        NonFiniteError: a product holds NaN or infinity.
+
+    Warns:
+        ConvergenceWarning: some eigenvalues did not converge; the result says which.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1)
+        >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data, params="weight")
+        >>> layer = fm.layerwise(objective).layers[0]  # H = diag(1, 4)
+        >>> round(layer.trace, 3), round(layer.eigenvalue, 3)
+        (5.0, 4.0)
+    """
+    call = "layerwise"
+    check_objective(call, objective)
+    if depth is not None:
+        check_integer(call, "depth", depth, low=1)
+    check_integer(call, "trace_products", trace_products, low=2)
+    tol = check_tolerance(call, tol, objective.dtype)
+    check_integer(call, "max_products", max_products, low=1)
+    operator = HessianOperator(objective)
+    groups = _groups(objective, depth)
+    generator = as_generator(seed, objective.device)
+    traces = _traces(operator, groups, trace_products, generator, progress)
+    solvers, passes = _eigenvalues(operator, groups, tol, max_products, generator, progress)
+    layers = []
+    for (name, block), samples, solver in zip(groups.items(), traces, solvers, strict=True):
+        mean = math.fsum(samples) / trace_products
+        variance = math.fsum((s - mean) ** 2 for s in samples) / (trace_products - 1)
+        layers.append(
+            LayerCurvature(
+                name=name,
+                parameters=sum(objective.layout.sizes[i] for i in block),
+                trace=mean,
+                trace_error=math.sqrt(variance / trace_products),
+                eigenvalue=float(solver.eigenvalues[0]),
+                residual=float(solver.residuals[0]),
+                products=solver.products,
+                outcome=solver.outcome,
+            )
+        )
+    late = [layer for layer in layers if layer.outcome is not Outcome.CONVERGED]
+    if late:
+        warn(
+            f"layerwise: the largest eigenvalue did not converge in {len(late)} of {len(layers)} "
+            f"modules ({', '.join(repr(layer.name) for layer in late[:3])}, ...); their outcomes "
+            "say why. Raise max_products or tol.",
+            ConvergenceWarning,
+        )
+    return LayerwiseResult(
+        layers=tuple(layers),
+        trace=math.fsum(layer.trace for layer in layers),
+        trace_products=trace_products,
+        passes=passes,
+        outcome=late[0].outcome if late else Outcome.CONVERGED,
+        notes=(operator.reason,) if operator.reason else (),
+    )
+
+
+def _groups(objective: Objective, depth: int | None) -> dict[str, list[int]]:
+    """The positions of each module's parameters in the layout."""
+    groups: dict[str, list[int]] = {}
+    for position, name in enumerate(objective.layout.names):
+        if objective.layout.sizes[position] == 0:
+            continue
+        owner = name.split(".")[:-1]
+        groups.setdefault(".".join(owner[:depth]), []).append(position)
+    return groups
+
+
+def _traces(
+    operator: HessianOperator,
+    groups: dict[str, list[int]],
+    products: int,
+    generator: torch.Generator,
+    progress: bool,
+) -> list[list[float]]:
+    """For each group the samples of its block's trace."""
+    sizes = list(operator.objective.layout.sizes)
+    n = operator.shape[0]
+    width = max(1, min(products, BLOCK_BYTES // (n * operator.dtype.itemsize)))
+    forms: list[Tensor] = []
+    with progress_bar("layerwise: traces", total=products, unit="product", show=progress) as bar:
+        for start in range(0, products, width):
+            count = min(width, products - start)
+            signs = rademacher(count, n, generator, dtype=operator.dtype, device=operator.device)
+            terms = signs * operator._products(signs)
+            forms.append(torch.stack([t.sum(1) for t in torch.split(terms, sizes, dim=1)], dim=1))
+            bar.update(count)
+    # (products, tensors), one transfer for all.
+    samples = torch.cat(forms).cpu().double()
+    if not bool(torch.isfinite(samples).all()):
+        raise NonFiniteError(f"A product with {operator!r} holds NaN or infinity.")
+    return [samples[:, block].sum(1).tolist() for block in groups.values()]
+
+
+def _eigenvalues(
+    operator: HessianOperator,
+    groups: dict[str, list[int]],
+    tol: float,
+    limit: int,
+    generator: torch.Generator,
+    progress: bool,
+) -> tuple[list[EigenResult], int]:
+    """The largest eigenpair of each group's block, and the passes over the data that it took."""
+    places = [place for _, place in operator.objective.layout.slices()]
+    results: dict[str, EigenResult] = {}
+    waiting: dict[str, tuple[Steps[EigenResult], Tensor]] = {}
+    for name, block in groups.items():
+        size = sum(operator.objective.layout.sizes[i] for i in block)
+        rows = min(size, 20)
+        steps = LanczosSteps(operator, size, 1, "LA", tol, limit, rows, generator).run()
+        waiting[name] = steps, next(steps)
+    passes = 0
+    with progress_bar("layerwise: eigenvalues", total=None, unit="pass", show=progress) as bar:
+        while waiting:
+            whole = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
+            for name, (_, vector) in waiting.items():
+                own = [places[i] for i in groups[name]]
+                pieces = torch.split(vector, [place.stop - place.start for place in own])
+                for place, piece in zip(own, pieces, strict=True):
+                    whole[place] = piece
+            product = operator.block_product(whole, [groups[name] for name in waiting])
+            passes += 1
+            for name, (steps, _) in list(waiting.items()):
+                part = torch.cat([product[places[i]] for i in groups[name]])
+                try:
+                    waiting[name] = steps, steps.send(part)
+                except StopIteration as stop:
+                    results[name] = stop.value
+                    del waiting[name]
+            bar.set_postfix_str(f"{len(waiting)} of {len(groups)} modules left", refresh=False)
+            bar.update()
+    return [results[name] for name in groups], passes

@@ -1,0 +1,1 @@
+"""Symmetric linear operators known by their products with vectors."""
