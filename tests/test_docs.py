@@ -11,14 +11,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
+import models_page
+from test_package import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOLERANCE = 0.02
-COUNTED = {"(residual)", "(rounding)", "gradients", "products"}
+COUNTED = {"(residual)", "(rounding)", "gradients", "products", "passes", "converged", "for"}
 """What follows numbers that rounding on another machine changes; only their size is checked."""
+ALONE = {"models.md"}
+"""Pages of recipes, each of which is complete."""
 
 
 class Checker(doctest.OutputChecker):
@@ -75,13 +79,15 @@ def given_in_the_readme() -> dict[str, Any]:
 
 
 def run(page: Path) -> None:
-    """Run the page's blocks from top to bottom in one namespace."""
+    """Run the page's blocks from top to bottom in one namespace, or recipes in one for each."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     if page.name == "README.md":
         namespace |= given_in_the_readme()
     name = str(page.relative_to(ROOT))
     for line, language, source in blocks(page):
         if language == "python":
+            if page.name in ALONE:
+                namespace = {"__name__": "__main__"}
             # Empty lines in front, so that a traceback has the page's line numbers.
             exec(compile("\n" * line + source, name, "exec"), namespace)
             continue
@@ -145,6 +151,27 @@ def test_every_error_is_in_the_guide() -> None:
         thing = getattr(fm, name)
         if isinstance(thing, type) and issubclass(thing, fm.FlatMinimaError | Warning):
             assert name in page or thing is fm.FlatMinimaWarning
+
+
+def test_the_architecture_names_every_room_in_its_order() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)/?` \|", page, re.MULTILINE) == list(ROOMS)
+
+
+def test_the_tables_of_models_are_what_is_measured() -> None:
+    """Words exactly; errors within their bounds, which are not much wider than that."""
+    stated = models_page.committed()
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    version = re.search(r"^torch==(\S+)$", constraints, re.MULTILINE)[1]
+    assert f"Measured with torch {version} on a CPU." in stated
+    if torch.__version__.split("+")[0] != version:
+        pytest.skip(f"the tables are those of torch {version}")
+    families = models_page.rows()
+    bound = models_page.BOUND
+    assert bound.sub("≤", models_page.tables(families)) == bound.sub("≤", stated)
+    limits = [float(limit) for limit in bound.findall(stated)]
+    for error, limit in zip(models_page.errors(families), limits, strict=True):
+        assert error <= limit <= 1e3 * error
 
 
 def test_the_documentation_asks_no_server_for_anything() -> None:
