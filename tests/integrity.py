@@ -242,7 +242,7 @@ class Snapshot:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().cpu().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.resolve_neg().resolve_conj().view(torch.uint8).numpy().tobytes()
 
 

@@ -146,7 +146,10 @@ class HessianOperator(LinearOperator):
 
     def _difference(self, vector: Tensor) -> Tensor:
         objective = self.objective
-        eps = max(torch.finfo(dtype).eps for dtype in objective.layout.dtypes)
+        types = list(objective.layout.dtypes)
+        if torch.is_autocast_enabled(self.device.type):
+            types.append(torch.get_autocast_dtype(self.device.type))
+        eps = max(torch.finfo(dtype).eps for dtype in types)
         product, error = central_differences(
             lambda shift: objective.value_and_gradient(shift)[1], vector, objective.point(), eps
         )
