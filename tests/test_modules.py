@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import types
 import warnings
 
 import numpy as np
@@ -889,3 +890,105 @@ def test_nothing_is_said_of_a_plain_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         numbers(fm.Objective(net(), nn.MSELoss(), (X, Y)))
+
+
+# --------------------------------------------------------------- what attributes lead to
+
+
+class Keeping(nn.Module):
+    """Adds to what it keeps in `place` at each forward, and to its output what it finds there."""
+
+    def __init__(self, place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.place = nn.Linear(3, 2), place
+        self.tensors = [torch.zeros(2).double()]
+        self.pair = ([], torch.zeros(2).double())
+        self.state = types.SimpleNamespace(
+            memory=torch.zeros(2).double(), inner=types.SimpleNamespace(number=0), seen=[]
+        )
+        self.double()
+
+    def forward(self, x):
+        output = self.layer(x)
+        if self.place == "tensor in a list":
+            memory = self.tensors[0].add_(1)
+        elif self.place == "list in a tuple":
+            self.pair[0].append(1)
+            memory = len(self.pair[0])
+        elif self.place == "tensor on an object":
+            memory = self.state.memory.add_(1)
+        elif self.place == "object on an object":
+            self.state.inner.number += 1
+            memory = self.state.inner.number
+        else:
+            self.state.seen.append(output)
+            memory = sum(self.state.seen)
+        return output + memory
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "tensor in a list",
+        "list in a tuple",
+        "tensor on an object",
+        "object on an object",
+        "graph in a list on an object",
+    ],
+)
+def test_what_attributes_lead_to_is_as_before_in_each_batch(place):
+    model = Keeping(place)
+    objective = fm.Objective(model, nn.MSELoss(), (X, Y), batch_size=4)
+    with untouched(model.layer):
+        values = [objective.loss(), objective.value_and_gradient()[0], objective.loss()]
+    fm.HessianOperator(objective) @ seeded(objective.size)
+    terms = [
+        len(x) * F.mse_loss(Keeping(place)(x), y).item()
+        for x, y in zip(X.split(4), Y.split(4), strict=True)
+    ]
+    assert values == pytest.approx([sum(terms) / len(X)] * 3, rel=1e-12)
+    assert not model.tensors[0].any()
+    assert not model.pair[0]
+    assert not model.state.memory.any()
+    assert (model.state.inner.number, model.state.seen) == (0, [])
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("place", ["buffer", "attribute", "batch"])
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta")
+def test_sparse_tensors_are_no_hindrance(place, layout):
+    class Propagating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 2)
+            if place == "buffer":
+                self.register_buffer("graph", torch.eye(len(X)).to_sparse(layout=layout))
+            elif place == "attribute":
+                self.graph = torch.eye(len(X)).double().to_sparse(layout=layout)
+            self.double()
+
+    def loss(model, batch):
+        graph = batch[2] if place == "batch" else model.graph
+        return F.mse_loss(graph @ model.layer(batch[0]), batch[1])
+
+    batch = (X, Y, torch.eye(len(X)).double().to_sparse(layout=layout))
+    model = Propagating()
+    objective = fm.Objective(model, data=[batch], batch_loss=loss, weight=lambda b: len(b[0]))
+    for _ in range(2):
+        assert objective.loss() == pytest.approx(F.mse_loss(model.layer(X), Y).item(), rel=1e-12)
+    plain = fm.HessianOperator(fm.Objective(model.layer, nn.MSELoss(), (X, Y)))
+    v = seeded(8)
+    torch.testing.assert_close(fm.HessianOperator(objective) @ v, plain @ v)
+
+
+def test_structured_outputs_and_inputs_point_to_batch_loss():
+    class Structured(nn.Linear):
+        def forward(self, x):
+            return {"scores": super().forward(x)}
+
+    for data in [(X, Y)], [({"x": X}, Y)]:
+        objective = fm.Objective(Structured(3, 2).double(), nn.MSELoss(), data)
+        with pytest.raises(fm.ArgumentTypeError, match=r"is a dict; .*batch_loss="):
+            objective.loss()

@@ -432,7 +432,8 @@ def test_equal_batches_are_told_from_others():
     assert not same_tensors(first, {"x": numbers(3, seed=1)})
     assert not same_tensors(first, {"x": numbers(2)})
     assert not same_tensors(first, {"x": numbers(3), "y": numbers(1)})
-    assert not same_tensors(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+    assert same_tensors(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+    assert not same_tensors(torch.tensor([float("nan")]), torch.tensor([0.0]))
 
 
 def test_packed_sequences_are_followed():

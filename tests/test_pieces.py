@@ -687,3 +687,22 @@ def test_a_loss_that_is_not_finite_is_reported_as_such():
         objective = fm.Objective(net(), nn.MSELoss(), batched(x, VECTORS), microbatch=size)
         with pytest.raises(fm.NonFiniteError, match="loss of batch 2 is nan"):
             objective.loss()
+
+
+def test_losses_that_draw_random_numbers_are_refused():
+    """Functional dropout, of which no module tells."""
+
+    def loss(model, batch):
+        return F.mse_loss(F.dropout(model(batch[0]), 0.01), batch[1])
+
+    objective = fm.Objective(net(), data=[(X, VECTORS)], batch_loss=loss, microbatch=2)
+    with pytest.raises(fm.InvalidArgumentError, match="draws random numbers"):
+        objective.loss()
+
+
+def test_contrastive_losses_are_refused_in_bfloat16_too():
+    objective = fm.Objective(
+        net().bfloat16(), contrastive, (X.bfloat16(), VECTORS.bfloat16()), microbatch=2
+    )
+    with pytest.raises(fm.InvalidArgumentError, match="contrastive losses"):
+        objective.loss()

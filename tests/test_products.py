@@ -749,12 +749,13 @@ class Watching(nn.Module):
 
     def __init__(self, note=lambda x: flags()):
         super().__init__()
-        # In a tuple: lists of a module are put back as they were.
-        self.box, self.note = ([],), note
+        # Behind a function: what attributes lead to is put back as it was.
+        seen = []
+        self.box, self.note = (lambda: seen), note
 
     @property
     def seen(self):
-        return self.box[0]
+        return self.box()
 
     def forward(self, x):
         self.seen.append(self.note(x))
@@ -787,7 +788,7 @@ class ConvolvedRecurrent(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         kind, spies = spying(kind)
-        self.box = (spies,)
+        self.box = lambda: spies
         self.before, self.after = Watching(), Watching()
         self.conv = nn.Conv1d(3, 3, 2)
         self.body = kind(3, 4, batch_first=True, num_layers=2)
@@ -799,7 +800,7 @@ class ConvolvedRecurrent(nn.Module):
 
     @property
     def spies(self):
-        return self.box[0]
+        return self.box()
 
     def clear(self):
         for seen in (self.spies, self.before.seen, self.after.seen):
@@ -963,3 +964,75 @@ def test_training_mode_has_one_function_for_products_and_differences():
     found = operator @ unit
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
     assert bool(((found - exact).norm(dim=0) <= 10 * operator.error + 1e-12).all())
+
+
+# ------------------------------------------------------------- small parts and narrow paths
+
+
+def test_a_small_block_that_is_hidden_is_found_beside_a_large_one():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.big, self.small = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return 30 * self.big(x) ** 2 + HidesSine.apply(self.small(x))
+
+    operator = fm.HessianOperator(fm.Objective(Mixed().double(), nn.MSELoss(), (X, Y)))
+    with pytest.warns(fm.FiniteDifferenceWarning, match="HidesSine"):
+        operator @ seeded(operator.shape[0])
+
+
+def test_the_module_named_is_one_that_the_selected_parameters_go_through():
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Hardsigmoid(), nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 2)
+    ).double()
+    objective = fm.Objective(model, nn.MSELoss(), (X, Y), params="2.*")
+    with pytest.warns(fm.FiniteDifferenceWarning, match="in the module '3'"):
+        fm.HessianOperator(objective) @ seeded(objective.size)
+
+
+def test_sparse_gradients_are_those_of_dense_ones():
+    class Tokens(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(1)
+            self.table, self.head = nn.Embedding(7, 3, sparse=sparse), nn.Linear(3, 4)
+
+        def forward(self, ids):
+            return self.head(self.table(ids).tanh())
+
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(k, (20,), generator=generator) for k in (7, 4)]
+    plain, sparse = (
+        fm.HessianOperator(fm.Objective(Tokens(s).double(), nn.CrossEntropyLoss(), tuple(data)))
+        for s in (False, True)
+    )
+    v = seeded(plain.shape[0])
+    torch.testing.assert_close(sparse @ v, plain @ v, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(sparse.objective.gradient(), plain.objective.gradient())
+
+
+def test_embeddings_that_renorm_their_rows_are_differentiated():
+    """They write to their weight in the forward, after the layer before has saved its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    table = nn.Embedding(5, 2, max_norm=1.0).double()
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.table = model, table
+
+        def forward(self, x):
+            return self.body(x).tanh() * self.table(torch.arange(len(x)) % 5)
+
+    objective = fm.Objective(Both(), nn.MSELoss(), (X, Y))
+    with torch.no_grad():
+        norms = table.weight.norm(dim=1, keepdim=True)
+        table.weight.copy_(torch.where(norms > 1, table.weight / (norms + 1e-7), table.weight))
+    expected = torch.autograd.grad(F.mse_loss(Both()(X), Y), list(Both().parameters()))
+    found = objective.layout.unflatten(objective.gradient())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .batches import Batch, Batches, available_bytes, located
-from .errors import LossNotScalarError, NonFiniteError
+from .errors import ArgumentTypeError, LossNotScalarError, NonFiniteError
 from .failures import explained
 from .guards import Derivatives, evaluating
 from .nested import same_tensors, to_device
 from .pieces import Pieces
-from .randomness import reseed
+from .randomness import random_state, reseed
 from .weights import split_pair
 
 __all__ = ["Evaluated", "Evaluator"]
@@ -48,7 +48,7 @@ class Evaluator:
         batches: the data.
         is_sum: whether the losses are sums already, not means to be weighted.
         pieces: how batches are cut where they do not fit into memory.
-        tolerance: relative; what two ways of computing a loss may differ by.
+        eps: the precision of the parameters.
     """
 
     def __init__(
@@ -61,14 +61,18 @@ class Evaluator:
         batches: Batches,
         is_sum: bool,
         pieces: Pieces,
-        tolerance: float,
+        eps: float,
     ) -> None:
         self.model, self.mode, self.batches = model, mode, batches
-        self.is_sum, self.pieces, self.tolerance = is_sum, pieces, tolerance
+        self.is_sum, self.pieces = is_sum, pieces
+        # What a loss computed in two ways may differ by, relatively.
+        self.tolerance = min(0.03, 1000 * eps)
         self._forward = _Forward(model, loss_fn, batch_loss)
         # None until one whole pass has shown whether the model leaves these alone; until then,
         # and where it does not, each batch gets copies.
         self._writes: bool | None = None
+        # Buffers have copies always; these are made anew for each batch where need be.
+        self._moving_buffers = True
 
     def mean_loss(
         self,
@@ -94,6 +98,7 @@ class Evaluator:
         indices: list[int] = []
         watching = self._writes is None
         wrote = False
+        still: list[bool] = []
         copies = self._writes is not False
         criterion = self._forward.criterion
         with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
@@ -103,7 +108,7 @@ class Evaluator:
 
             def forward(batch: Batch, data: Any, show: Callable[[Evaluated], None]) -> Tensor:
                 nonlocal wrote
-                shadows = others.fresh(renew=copies) | private.fresh(renew=copies)
+                shadows = others.fresh(renew=copies) | private.fresh(renew=self._moving_buffers)
                 reseed(batch.index)
                 try:
                     own = dataclasses.replace(batch, data=data)
@@ -123,6 +128,7 @@ class Evaluator:
                 weights.append(1.0 if self.is_sum else batch.weight)
                 indices.append(batch.index)
                 if watching:
+                    still.append(same_tensors(private.present, dict(buffers)))
                     moved = not same_tensors(leaves.present, parameters())
                     if moved:
                         leaves.fresh(renew=True)
@@ -131,14 +137,16 @@ class Evaluator:
                         or moved
                         or not (
                             same_tensors(data, batch.data)
-                            and same_tensors(private.present, dict(buffers))
                             and same_tensors(others.present, self._own(others.present))
                         )
                     )
 
-            def value_of(piece: Batch) -> float:
+            def value_of(piece: Batch) -> tuple[float, bool]:
                 data = to_device(piece.data, self.batches.device, duplicate=True)
-                return float(forward(piece, data, lambda seen: None))  # noqa: ARG005
+                reseed(piece.index)
+                before = random_state()
+                value = float(forward(piece, data, lambda seen: None))  # noqa: ARG005
+                return value, random_state() != before
 
             with self.batches.reading() as stream:
                 for batch in stream:
@@ -149,7 +157,7 @@ class Evaluator:
                         self.pieces.check_mean(batch, value_of, self.tolerance)
                         self.pieces.each(batch, evaluate)
         if watching:
-            self._writes = wrote
+            self._writes, self._moving_buffers = wrote, not all(still)
         # One transfer for all batches: reading each loss as it comes would stall a GPU.
         values = torch.stack(losses).cpu().double().tolist()
         for index, value in zip(indices, values, strict=True):
@@ -230,7 +238,7 @@ class _Forward(nn.Module):
     @property
     def criterion(self) -> object:
         """The loss function, of whichever kind it is."""
-        return self._functions[0] or self._functions[1]
+        return self._functions[1] if self._functions[0] is None else self._functions[0]
 
     def evaluate(
         self,
@@ -255,11 +263,26 @@ class _Forward(nn.Module):
         else:
             assert loss_fn is not None
             inputs, target = split_pair(batch.data, batch.index)
-            output = self.model(inputs)
-            loss = loss_fn(output, target)
+            try:
+                output = self.model(inputs)
+                loss = loss_fn(output, target)
+            except (TypeError, AttributeError) as error:
+                strange = next((v for v in (inputs, output) if _is_structured(v)), None)
+                if strange is None:
+                    raise
+                raise ArgumentTypeError(
+                    f"loss_fn(model(input), target) fails with {type(error).__name__}: {error}. "
+                    f"The {'input' if strange is inputs else 'output'} is a "
+                    f"{type(strange).__name__}; say what to do with it by batch_loss=lambda "
+                    "model, batch: ..., for instance model(**batch).loss."
+                ) from error
         scalar = _checked_loss(loss, batch)
         visit(Evaluated(batch, scalar, output, target, parameters))
         return scalar.detach()
+
+
+def _is_structured(value: Any) -> bool:
+    return value is not None and not isinstance(value, Tensor)
 
 
 def _checked_loss(loss: Any, batch: Batch) -> Tensor:

@@ -14,20 +14,28 @@ from .nested import tensors_in
 __all__ = ["explained", "is_out_of_memory"]
 
 
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that a device or the host has no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 
 @contextlib.contextmanager
-def explained(index: int, device: torch.device, data: Any = None) -> Iterator[None]:
+def explained(index: int | None, device: torch.device, data: Any = None) -> Iterator[None]:
     """Turn errors of PyTorch that a user can do something about into the library's own.
 
     Args:
-        index: of the batch in hand.
+        index: of the batch in hand, if any.
         device: where it is evaluated.
         data: what the batch holds, when that is known.
 
@@ -48,10 +56,10 @@ def explained(index: int, device: torch.device, data: Any = None) -> Iterator[No
 
 
 def _explanation(
-    error: Exception, index: int, device: torch.device, data: Any
+    error: Exception, index: int | None, device: torch.device, data: Any
 ) -> FlatMinimaError | None:
     said = str(error)
-    where = f"batch {index}"
+    where = "the parameters" if index is None else f"batch {index}"
     if is_out_of_memory(error):
         return DeviceMemoryError(
             f"There is not enough memory on {device} for {where}. Give smaller batches (the "

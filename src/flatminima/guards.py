@@ -9,7 +9,7 @@ import functools
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
+
+from .nested import same_values
 
 __all__ = ["Derivatives", "Guard", "evaluating"]
 
@@ -52,9 +54,11 @@ def evaluating(
     """
     modules = list(model.modules())
     judges = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    before = _Bound([*modules, *judges])
+    before = _Bound([*modules, *judges], copies=copies)
     with contextlib.ExitStack() as stack:
         stack.callback(before.restore)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         twins = _twins([*map(vars, [*modules, *judges]), *(m._buffers for m in judges)], copies)
         if mode != "keep":
             # Set one by one: a model's own train() may do more than set flags. Put back likewise,
@@ -63,8 +67,6 @@ def evaluating(
                 if module.training != (mode == "train"):
                     stack.callback(setattr, module, "training", module.training)
                     module.training = mode == "train"
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         # The fast path of nn.TransformerEncoder is taken only without gradients, and pads in
         # another way: it would make the loss another function than its gradient's.
         stack.callback(
@@ -87,7 +89,7 @@ def evaluating(
                 if isinstance(module, nn.RNNBase):
                     # On the instance, so that no hook of the user's changes its place.
                     vars(module)["forward"] = functools.partial(_unfused, module.forward)
-        yield Guard(_Bound([*modules, *judges]), twins)
+        yield Guard(_Bound([*modules, *judges], copies=copies), twins)
 
 
 class Guard:
@@ -103,14 +105,14 @@ class Guard:
         weight of `spectral_norm`, a cache, a hidden state) was made from replaced parameters.
 
         Returns:
-            Whether tensors among the attributes had been written to, if copies were given.
+            Whether tensors that attributes lead to had been written to, if copies were given.
         """
-        self._bound.restore()
-        changed = [(own, twin) for own, twin in self._twins if not torch.equal(own, twin)]
+        wrote = self._bound.restore()
+        changed = [(own, twin) for own, twin in self._twins if not same_values(own, twin)]
         with torch.no_grad():
             for own, twin in changed:
                 twin.copy_(own)
-        return bool(changed)
+        return wrote or bool(changed)
 
 
 def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor, Tensor]]:
@@ -176,46 +178,117 @@ def _no_checkpoint_warning() -> Iterator[None]:
 
 
 class _Bound:
-    """What is bound to modules, and what lies behind their attributes.
+    """What is bound to modules, and what their attributes lead to.
 
-    That is: what is bound to plain objects (a configuration), what lists, dictionaries and sets
-    hold, and the states of random generators.
+    That is: what is bound to plain objects (a configuration), what containers hold, tensors and
+    arrays within these, and the states of random generators.
+
+    Args:
+        modules: with their attributes.
+        copies: keep copies of the tensors and arrays, to undo writes to them.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, copies: bool) -> None:
         own = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules)]
-        values = {id(v): v for m in modules for v in vars(m).values()}.values()
-        bound = {id(d): d for d in [*own, *(vars(v) for v in values if _is_plain(v))]}
-        self._kept = [(d, dict(d), [*map(id, d.values())]) for d in bound.values()]
-        held = [v for v in _containers(values) if id(v) not in bound]
+        values = _reached(modules, {id(d) for d in own})
+        bound = [*own, *(vars(v) for v in values if _is_plain(v))]
+        self._kept = [(d, dict(d), [*map(id, d.values())]) for d in bound]
+        held = [v for v in values if isinstance(v, _CONTAINERS)]
         self._empty = [v for v in held if not v]
         self._filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for v in held if v]
-        self._arrays = [(v, v.copy()) for v in values if isinstance(v, np.ndarray)]
+        self._thorough = copies
+        self._arrays = [(v, v.copy()) for v in values if copies and isinstance(v, np.ndarray)]
+        self._tensors = [
+            (v, v._version, v.detach().clone())
+            for v in values
+            if copies and isinstance(v, Tensor) and not v.is_inference()
+        ]
         self._generators = [(v, _state(v)) for v in values if isinstance(v, _GENERATORS)]
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Undo it; whether tensors or arrays had been written to."""
         for bound, before, ids in self._kept:
-            if [*map(id, bound.values())] == ids:
-                continue
-            for name in bound.keys() - before.keys():
-                del bound[name]
-            bound.update(before)
+            if [*map(id, bound.values())] != ids:
+                _refill(bound, before)
         if any(self._empty):
             for held in self._empty:
                 held.clear()
         for held, members in self._filled:
-            if _same_members(held, members):
-                continue
-            held.clear()
-            if isinstance(held, (list, collections.deque)):
-                held.extend(members)
-            else:
-                held.update(members)
-        for array, content in self._arrays:
-            if array.dtype != object and array.tobytes() != content.tobytes():
-                array[...] = content
+            if not _same_members(held, members, thorough=self._thorough):
+                _refill(held, members)
+        wrote = False
+        for array, numbers in self._arrays:
+            if array.dtype != object and not np.array_equal(array, numbers):
+                array[...] = numbers
+                wrote = True
+        for number, (tensor, version, content) in enumerate(self._tensors):
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(content)
+                self._tensors[number] = (tensor, tensor._version, content)
+                wrote = True
         for generator, state in self._generators:
             _set_state(generator, state)
+        return wrote
+
+
+def _refill(held: Any, members: Any) -> None:
+    """Make a container hold `members` again; a dictionary in their order."""
+    if isinstance(held, dict):
+        for key in [k for k in held if k not in members]:
+            del held[key]
+        held.update(members)
+        if list(held) != list(members):
+            for key, value in members.items():
+                del held[key]
+                held[key] = value
+        return
+    held.clear()
+    if isinstance(held, set):
+        held.update(members)
+    else:
+        held.extend(members)
+
+
+_CONTAINERS = (list, dict, set, collections.deque)
+LARGE = 1000
+"""Entries from which a container is looked through only while copies are kept."""
+
+
+def _reached(modules: Sequence[nn.Module], known: set[int]) -> list[Any]:
+    """What plain attributes of modules lead to, through containers, tuples and plain objects."""
+    found: dict[int, Any] = {}
+    direct = [v for m in modules for v in vars(m).values()]
+    own = {id(v) for v in direct if isinstance(v, Tensor)}
+    waiting = direct
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _ATOMS) or id(value) in found or id(value) in known:
+            continue
+        if isinstance(value, (nn.Module, nn.Parameter)) or id(value) in own:
+            continue
+        found[id(value)] = value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (tuple, *_CONTAINERS)):
+            waiting += value
+        elif _is_plain(value):
+            waiting += vars(value).values()
+    return list(found.values())
+
+
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+
+
+def _same_members(container: Any, before: Any, *, thorough: bool) -> bool:
+    """Whether it holds the very same objects in the same order."""
+    if len(container) != len(before) or (len(before) >= LARGE and not thorough):
+        return len(container) == len(before)
+    if isinstance(container, dict):
+        return [*map(id, container.values())] == [*map(id, before.values())] and (
+            list(container) == list(before)
+        )
+    return [*map(id, container)] == [*map(id, before)]
 
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -239,29 +312,3 @@ def _is_plain(value: Any) -> bool:
     """Whether it is an object with attributes of its own, neither code nor tensor nor module."""
     code = (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
     return hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, *code))
-
-
-_CONTAINERS = (list, dict, set, collections.deque)
-
-
-def _containers(values: Iterable[Any]) -> list[Any]:
-    """The lists, dictionaries, sets and deques among `values`, and those within them."""
-    found: dict[int, Any] = {}
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, _CONTAINERS) and id(value) not in found:
-            found[id(value)] = value
-            waiting += value.values() if isinstance(value, dict) else value
-    return list(found.values())
-
-
-def _same_members(container: Any, before: Any) -> bool:
-    """Whether it holds the very same objects in the same order."""
-    if len(container) != len(before):
-        return False
-    if isinstance(container, dict):
-        return [*map(id, container.values())] == [*map(id, before.values())] and (
-            container.keys() == before.keys()
-        )
-    return [*map(id, container)] == [*map(id, before)]

@@ -68,8 +68,8 @@ class Objective:
             that is not `loss_fn(model(input), target)`.
         batch_size: examples in a batch where `data` comes without batches.
         microbatch: evaluate each batch in pieces of so many examples, which gives the same value
-            in less memory; "auto" cuts batches only when memory runs out. Refused where pieces
-            would change the loss (batch norm or dropout in training mode, contrastive losses).
+            in less memory; "auto" cuts them only when memory runs out. Refused where pieces would
+            change the loss (batch norm or dropout in training mode, contrastive losses).
         progress: show a bar while the data are first read, if that takes long.
 
     Attributes:
@@ -181,7 +181,7 @@ class Objective:
             batches=self.batches,
             is_sum=self._is_sum,
             pieces=pieces,
-            tolerance=max(torch.finfo(d).eps for d in self.layout.dtypes) ** 0.5,
+            eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
         )
 
     # ----------------------------------------------------------------------------- what it is
@@ -387,8 +387,9 @@ class Objective:
         if displacement is not None:
             point += displacement
         pieces = self.layout.unflatten(point)
+        # Each in memory of its own: of views, a write to one would count as a write to all.
         return {
-            name: piece.detach().requires_grad_(differentiable)
+            name: piece.detach().clone().requires_grad_(differentiable)
             for name, piece in zip(self.layout.names, pieces, strict=True)
         }
 

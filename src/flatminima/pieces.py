@@ -112,8 +112,15 @@ class Pieces:
             raise self._uncuttable(batch, str(error)) from error
         return Batch(batch.index, data, self._weight(data, batch.index))
 
-    def check_mean(self, batch: Batch, loss: Callable[[Batch], float], tolerance: float) -> None:
+    def check_mean(
+        self, batch: Batch, loss: Callable[[Batch], tuple[float, bool]], tolerance: float
+    ) -> None:
         """Once, refuse losses that are no mean over the examples, by trying two of them.
+
+        Args:
+            batch: whose first two examples are tried.
+            loss: of a piece, and whether computing it drew random numbers.
+            tolerance: relative.
 
         Raises:
             InvalidArgumentError: two pieces together do not have the mean of their losses.
@@ -125,7 +132,7 @@ class Pieces:
         if min(pair.weight, left.weight, right.weight) <= 0:
             return
         try:
-            values = [loss(piece) for piece in (pair, left, right)]
+            found = [loss(piece) for piece in (pair, left, right)]
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             if is_out_of_memory(error) and self._auto:
                 return
@@ -133,9 +140,16 @@ class Pieces:
                 raise
             why = f"the model or the loss fails on two examples of it ({error})"
             raise self._uncuttable(batch, why) from error
+        values = [value for value, _ in found]
+        if any(drew for _, drew in found):
+            raise InvalidArgumentError(
+                "microbatch= cannot be used here: the model or the loss draws random numbers "
+                "(dropout masks in training mode, sampling), which pieces of a batch would draw "
+                "otherwise. Use mode='eval', or give smaller batches instead."
+            )
         weights = [1.0, 1.0, 1.0] if self._is_sum else [p.weight for p in (pair, left, right)]
         mean = (weights[1] * values[1] + weights[2] * values[2]) / weights[0]
-        if math.isfinite(mean) and abs(values[0] - mean) > tolerance * (1 + abs(mean)):
+        if math.isfinite(mean) and abs(values[0] - mean) > tolerance * max(map(abs, values)):
             raise InvalidArgumentError(
                 "microbatch= cannot be used here: the loss of two examples of batch "
                 f"{batch.index} is {values[0]:.6g}, and the mean of their own losses {mean:.6g}. "

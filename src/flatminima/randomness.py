@@ -11,7 +11,7 @@ import torch
 
 from .errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["Seed", "as_generator", "preserved_random_state", "rademacher", "reseed"]
+__all__ = ["Seed", "as_generator", "preserved_random_state", "rademacher", "random_state", "reseed"]
 
 Seed = int | torch.Generator
 
@@ -57,6 +57,14 @@ def reseed(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+def random_state() -> list[bytes]:
+    """Every global random state of torch, to be compared."""
+    states = [torch.get_rng_state()]
+    if _cuda_in_use():
+        states += torch.cuda.get_rng_state_all()
+    return [state.cpu().numpy().tobytes() for state in states]
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class GraphTrace:
         self._names = {m: n or MODEL for n, m in model.named_modules()}
         # The nodes themselves, since an id alone may be given to another node.
         self._labels: dict[Any, str] = {}
+        self._dependent: set[Any] = set()
         self.functions: dict[str, str] = {}
 
     def __enter__(self) -> GraphTrace:
@@ -60,7 +61,7 @@ class GraphTrace:
     def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._labels.clear()
+        self.forget()
 
     def _label(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self._names[module]
@@ -91,7 +92,7 @@ class GraphTrace:
         passed over; of reentrant checkpointing that cannot be told.
         """
         self._spread(_nodes_of(loss), LOSS, set())
-        dependent = _leading_to(loss, leaves)
+        self._dependent = dependent = _leading_to(loss, leaves)
         found = None
         for node, module in self._labels.items():
             function = getattr(node, "_forward_cls", None)
@@ -113,11 +114,14 @@ class GraphTrace:
     def place(self, operation: str) -> str:
         """The module that called `operation`, a name from `operation_name`; "" if unknown."""
         wanted = _key(operation)
-        return next((m for n, m in self._labels.items() if _key(n.name()) == wanted), "")
+        places = (m for n, m in self._labels.items() if n in self._dependent)
+        names = (_key(n.name()) for n in self._labels if n in self._dependent)
+        return next((m for m, key in zip(places, names, strict=True) if key == wanted), "")
 
     def forget(self) -> None:
         """Let the graph go, whose labels hold on to it."""
         self._labels.clear()
+        self._dependent = set()
 
 
 def operation_name(said: str) -> str:

@@ -157,7 +157,10 @@ class Layout:
         parts = [
             torch.zeros(math.prod(shape), dtype=self.dtype, device=self.device)
             if tensor is None
-            else tensor.detach().reshape(-1).to(self.dtype)
+            else (tensor if tensor.layout == torch.strided else tensor.to_dense())
+            .detach()
+            .reshape(-1)
+            .to(self.dtype)
             for tensor, shape in zip(tensors, self.shapes, strict=True)
         ]
         return torch.cat(parts)

@@ -59,6 +59,11 @@ def token_weight(
     return weight
 
 
+def _lengths(data: Any) -> str:
+    lengths = [str(t.shape[0]) for t in tensors_in(data) if t.dim() > 0]
+    return f"tensors of lengths {', '.join(lengths)}" if lengths else "no tensor in it"
+
+
 def _labels_place(batch: Any) -> str | int:
     return "labels" if isinstance(batch, Mapping) or hasattr(batch, "labels") else 1
 
@@ -216,9 +221,9 @@ class BatchWeight:
         )
         if count is None:
             raise InvalidArgumentError(
-                f"Batch {index} does not tell how many examples it holds (no tensor in it, or "
-                "tensors of different lengths); give weight=lambda batch: number of terms that "
-                "the batch's mean loss averages over."
+                f"Batch {index} does not tell how many examples it holds ({_lengths(data)}). If "
+                "that is meant, give weight=lambda batch: number of terms that the batch's mean "
+                "loss averages over."
             )
         return float(count)
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import check_choice, check_integer
-from ..errors import NonFiniteError, NotSymmetricError
+from ..errors import DeviceMemoryError, NonFiniteError, NotSymmetricError
+from ..failures import is_out_of_memory
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
@@ -155,7 +156,15 @@ class LanczosSteps:
         self.generator = as_generator(seed, self.device)
         self.eps = float(torch.finfo(self.dtype).eps)
         # Locked vectors first, then the chain: one contiguous array, one row for each vector.
-        self.basis = torch.empty(rows, self.n, dtype=self.dtype, device=self.device)
+        try:
+            self.basis = torch.empty(rows, self.n, dtype=self.dtype, device=self.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"There is not enough memory on {self.device} for a basis of {rows} vectors of "
+                f"length {self.n}. Lower basis_size= or k, or select fewer parameters."
+            ) from error
         self.values = np.empty(0)
         """Of the locked pairs, best first."""
         self.residuals = np.empty(0)

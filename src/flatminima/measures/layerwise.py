@@ -191,7 +191,8 @@ def layerwise(
     if late:
         warn(
             f"layerwise: the largest eigenvalue did not converge in {len(late)} of {len(layers)} "
-            f"modules ({', '.join(repr(layer.name) for layer in late[:3])}, ...); their outcomes "
+            f"modules ({', '.join(repr(layer.name) for layer in late[:3])}"
+            f"{', ...' if len(late) > 3 else ''}); their outcomes "
             "say why. Raise max_products or tol.",
             ConvergenceWarning,
         )
