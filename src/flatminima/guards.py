@@ -54,9 +54,10 @@ def evaluating(
     """
     modules = list(model.modules())
     judges = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
-    before = _Bound([*modules, *judges], copies=copies)
+    guarded = [*modules, *judges]
+    bound = _Bound(guarded, copies=copies)
     with contextlib.ExitStack() as stack:
-        stack.callback(before.restore)
+        stack.callback(bound.restore, bound.present())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         twins = _twins([*map(vars, [*modules, *judges]), *(m._buffers for m in judges)], copies)
@@ -89,14 +90,14 @@ def evaluating(
                 if isinstance(module, nn.RNNBase):
                     # On the instance, so that no hook of the user's changes its place.
                     vars(module)["forward"] = functools.partial(_unfused, module.forward)
-        yield Guard(_Bound([*modules, *judges], copies=copies), twins)
+        yield Guard(bound, twins)
 
 
 class Guard:
     """Undoes, after each batch, what its forward has left in the modules."""
 
     def __init__(self, bound: _Bound, twins: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._bound, self._twins = bound, twins
+        self._bound, self._present, self._twins = bound, bound.present(), twins
 
     def restore(self) -> bool:
         """Undo it, so that no batch sees another's.
@@ -107,7 +108,7 @@ class Guard:
         Returns:
             Whether tensors that attributes lead to had been written to, if copies were given.
         """
-        wrote = self._bound.restore()
+        wrote = self._bound.restore(self._present)
         changed = [(own, twin) for own, twin in self._twins if not same_values(own, twin)]
         with torch.no_grad():
             for own, twin in changed:
@@ -189,11 +190,12 @@ class _Bound:
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, copies: bool) -> None:
-        own = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules)]
-        values = _reached(modules, {id(d) for d in own})
-        bound = [*own, *(vars(v) for v in values if _is_plain(v))]
-        self._kept = [(d, dict(d), [*map(id, d.values())]) for d in bound]
-        held = [v for v in values if isinstance(v, _CONTAINERS)]
+        owners = [vars(m) for m in modules]
+        values = _reached([v for o in owners for n, v in o.items() if n not in _OF_MODULES])
+        own = [o[name] for o in owners for name in ("_parameters", "_buffers", "_modules")]
+        self._bound = [*owners, *own, *(vars(v) for v in values if _is_plain(v))]
+        hooks = [o[name] for o in owners for name in _HOOKS if name in o]
+        held = [*(v for v in values if isinstance(v, _CONTAINERS)), *hooks]
         self._empty = [v for v in held if not v]
         self._filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for v in held if v]
         self._thorough = copies
@@ -205,9 +207,13 @@ class _Bound:
         ]
         self._generators = [(v, _state(v)) for v in values if isinstance(v, _GENERATORS)]
 
-    def restore(self) -> bool:
-        """Undo it; whether tensors or arrays had been written to."""
-        for bound, before, ids in self._kept:
+    def present(self) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
+        """What is bound now, for `restore`."""
+        return [(d, dict(d), [*map(id, d.values())]) for d in self._bound]
+
+    def restore(self, kept: list[tuple[dict[str, Any], dict[str, Any], list[int]]]) -> bool:
+        """Bind what was bound then, and undo the rest; whether tensors had been written to."""
+        for bound, before, ids in kept:
             if [*map(id, bound.values())] != ids:
                 _refill(bound, before)
         if any(self._empty):
@@ -255,15 +261,19 @@ LARGE = 1000
 """Entries from which a container is looked through only while copies are kept."""
 
 
-def _reached(modules: Sequence[nn.Module], known: set[int]) -> list[Any]:
-    """What plain attributes of modules lead to, through containers, tuples and plain objects."""
+# What every module has: bound to it like the rest, but not to be followed.
+_OF_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = tuple(n for n, v in vars(nn.Module()).items() if isinstance(v, dict) and "hooks" in n)
+
+
+def _reached(attributes: Sequence[Any]) -> list[Any]:
+    """What plain attributes lead to, through containers, tuples and plain objects."""
     found: dict[int, Any] = {}
-    direct = [v for m in modules for v in vars(m).values()]
-    own = {id(v) for v in direct if isinstance(v, Tensor)}
-    waiting = direct
+    waiting = [v for v in attributes if not isinstance(v, _ATOMS)]
+    own = {id(v) for v in waiting if isinstance(v, Tensor)}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _ATOMS) or id(value) in found or id(value) in known:
+        if isinstance(value, _ATOMS) or id(value) in found:
             continue
         if isinstance(value, (nn.Module, nn.Parameter)) or id(value) in own:
             continue
