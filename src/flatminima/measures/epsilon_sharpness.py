@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, check_positive
+from ..checks import check_choice, check_integer, check_positive
 from ..errors import InvalidArgumentError
 from ..objective import Objective, check_objective
-from ..optimize.box import maximize_over_box
+from ..optimize.box import SOLVERS, maximize_over_box
 from ..progress import progress_bar
 from ..randomness import Seed
 from ..results import Outcome, Result, Table, format_number
@@ -82,6 +83,7 @@ def epsilon_sharpness(
     subspace: int | None = None,
     iterations: int = 10,
     restarts: int = 0,
+    solver: Literal["lbfgsb", "scipy"] = "lbfgsb",
     seed: Seed = 0,
     return_displacement: bool = False,
     progress: bool = True,
@@ -107,6 +109,9 @@ def epsilon_sharpness(
         iterations: of L-BFGS-B, all starts together.
         restarts: how many times more the same number of iterations, from random corners of the
             box alone; the best point counts.
+        solver: "lbfgsb", on the device and in the precision of the model, or "scipy", the judge
+            of the former, on the host and in float64. Both make the same steps up to rounding;
+            SciPy's costs far more for many parameters.
         seed: of the subspace and of the corners.
         return_displacement: keep the maximising displacement in the result.
         progress: show a bar if it takes long.
@@ -116,7 +121,7 @@ def epsilon_sharpness(
         the maximisation stopped.
 
     Raises:
-        InvalidArgumentError: ε ≤ 0, p outside [1, n], or 1 + L(θ) ≤ 0.
+        InvalidArgumentError: ε ≤ 0, p outside [1, n], an unknown solver, or 1 + L(θ) ≤ 0.
         NonFiniteError: L(θ) is NaN or infinite.
 
     Examples:
@@ -134,6 +139,7 @@ def epsilon_sharpness(
     epsilon = check_positive(call, "epsilon", epsilon)
     check_integer(call, "iterations", iterations, low=1)
     check_integer(call, "restarts", restarts, low=0)
+    check_choice(call, "solver", solver, SOLVERS)
     basis: GaussianSubspace | None = None
     point = objective.point()
     if subspace is None:
@@ -179,6 +185,7 @@ def epsilon_sharpness(
             restarts=restarts,
             climbs=CLIMBS if objective.size <= FEW_PARAMETERS else 0,
             seed=seed,
+            solver=solver,
             on_evaluation=advance,
         )
     assert loss is not None

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..randomness import Seed, as_generator
 from ..results import Outcome
+from .lbfgsb import LBFGSB
+from .scipy_box import ScipyLBFGSB
 
-__all__ = ["BoxMaximum", "maximize_over_box"]
+__all__ = ["SOLVERS", "BoxMaximum", "maximize_over_box"]
 
 GRADIENT_SCALE = 100.0
 """Mean |gradient| per box half-width that the solver is shown at the start."""
+
+SOLVERS: dict[str, type[LBFGSB] | type[ScipyLBFGSB]] = {
+    "lbfgsb": LBFGSB,
+    "scipy": ScipyLBFGSB,
+}
 
 ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -40,10 +45,6 @@ class BoxMaximum:
     outcome: Outcome
 
 
-class _NotFiniteError(Exception):
-    pass
-
-
 def maximize_over_box(
     function: ValueAndGradient,
     half_width: Tensor,
@@ -52,20 +53,21 @@ def maximize_over_box(
     restarts: int = 0,
     climbs: int = 0,
     seed: Seed = 0,
+    solver: Literal["lbfgsb", "scipy"] = "lbfgsb",
     on_evaluation: Callable[[float], None],
 ) -> BoxMaximum:
     """Maximise over { x : |x_i| ≤ h_i } with L-BFGS-B (Byrd, Lu, Nocedal, Zhu 1995), from x = 0.
 
-    SciPy's implementation is run in the coordinates u = x / h, on the function times a constant
-    that makes its mean absolute gradient at the start 100: in the raw coordinates the solver's
-    first step has the length of the gradient, which has nothing to do with the size of the box,
-    and its stopping tests, which are absolute, end it at once near a minimum. Neither changes
+    It is run in the coordinates u = x / h, on the function times a constant that makes its mean
+    absolute gradient at the start 100: in the raw coordinates the solver's first step has the
+    length of the gradient, which has nothing to do with the size of the box, and SciPy's
+    stopping tests, which are absolute, end it at once near a minimum. Neither changes
     the problem. Near a minimum the function is convex, and every corner that is reached can be a
     local maximum, often after an iteration or two: what is left of the iterations then goes into
     starts from random corners. Where the gradient at the centre is zero, the first start is one.
 
     Args:
-        function: x (n,) → value and gradient (n,).
+        function: x (n,) → value and gradient (n,), which is overwritten.
         half_width: h (n,), not negative.
         iterations: of L-BFGS-B, all starts together; a start takes one at least.
         restarts: how many times more the same number of iterations, from random corners alone.
@@ -73,17 +75,23 @@ def maximize_over_box(
             coordinates are flipped as long as that raises the function; a pass over the
             coordinates costs n evaluations, so this is for few dimensions.
         seed: of the random corners.
+        solver: "lbfgsb", on the device of h and in its precision, or "scipy", on the host in
+            float64.
         on_evaluation: called with the best value after each evaluation.
     """
-    from scipy.optimize import minimize
-
     size = half_width.numel()
     center = torch.zeros_like(half_width)
-    start_value, start_gradient = function(center)
-    slope = float((start_gradient * half_width).abs().mean())
-    best_value, best_point, evaluations = start_value, center, 1
+    start = function(center)
+    slope = float((start[1] * half_width).abs().mean())
+    best_value, best_point, evaluations = start[0], center, 1
     on_evaluation(best_value)
     scale = GRADIENT_SCALE / slope if slope > 0 else 1.0
+    # Memory for points, used again unless they turn out to be the best.
+    spare = torch.empty_like(half_width)
+    # Value and gradient at the centre, which are not computed again for the start from there.
+    known = [start] if slope > 0 else []
+    del start, center
+    zero = half_width.new_zeros(())
 
     def evaluated(point: Tensor) -> tuple[float, Tensor]:
         nonlocal best_value, best_point, evaluations
@@ -94,32 +102,15 @@ def maximize_over_box(
         on_evaluation(best_value)
         return value, gradient
 
-    def negated(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        if not u.any():
-            value, gradient = start_value, start_gradient
+    def downhill(u: Tensor) -> tuple[float, Tensor]:
+        nonlocal spare
+        if known:
+            value, gradient = known.pop()
         else:
-            value, gradient = evaluated(half_width * torch.as_tensor(u.copy()).to(half_width))
-            if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
-                raise _NotFiniteError
-        downhill = (-scale * (gradient * half_width).double()).cpu().numpy()
-        return -scale * value, downhill
-
-    def run(start: NDArray[np.float64], allowed: int) -> tuple[Outcome, int]:
-        """Why it stopped, and after how many iterations."""
-        options: Any = {"maxiter": allowed, "ftol": 0.0, "gtol": 0.0}
-        try:
-            found = minimize(
-                negated,
-                start,
-                jac=True,
-                method="L-BFGS-B",
-                bounds=np.tile([-1.0, 1.0], (size, 1)),
-                options=options,
-            )
-        except _NotFiniteError:
-            return Outcome.UNBOUNDED, 1
-        stopped = Outcome.ITERATION_LIMIT if found.nit >= allowed else Outcome.STATIONARY
-        return stopped, max(1, int(found.nit))
+            before = best_point
+            value, gradient = evaluated(torch.mul(half_width, u, out=spare))
+            spare = before if best_point is spare else spare
+        return -scale * value, torch.addcmul(zero, gradient, half_width, value=-scale, out=gradient)
 
     def climb(corner: Tensor) -> None:
         height = evaluated(corner)[0]
@@ -134,25 +125,27 @@ def maximize_over_box(
                     corner, height, improved = other, value, True
 
     def random_signs() -> Tensor:
-        bits = torch.randint(2, (size,), generator=generator, device=generator.device)
-        return 2 * bits.to(half_width) - 1
+        dtype, device = half_width.dtype, generator.device
+        bits = torch.randint(2, (size,), generator=generator, dtype=dtype, device=device)
+        return bits.mul_(2).sub_(1).to(half_width)
 
     generator = as_generator(seed, half_width.device)
+    search = SOLVERS[solver](size, dtype=half_width.dtype, device=half_width.device)
     at_center = slope > 0
     outcome, unbounded = Outcome.NO_ASCENT, False
     for _ in range(1 + restarts):
         left = iterations
         while left > 0:
-            start = np.zeros(size)
             if not at_center:
-                start = random_signs().double().cpu().numpy()
+                search.point.copy_(random_signs())
             before = best_value
-            stopped, used = run(start, left)
-            left -= used
+            stopped, used = search.minimize(downhill, left)
+            left -= max(1, used)
             at_center = False
             unbounded = unbounded or stopped is Outcome.UNBOUNDED
             if best_value > before:
                 outcome = stopped
+    del search
     searched = best_value
     for i in range(climbs):
         signs = random_signs() if i else torch.where(best_point < 0, -1.0, 1.0).to(half_width)
