@@ -718,7 +718,7 @@ def test_every_batch_and_every_evaluation_sees_what_was_there_before(start, cach
         "loss": objective.loss,
         "gradient": lambda: objective.value_and_gradient()[0],
         "product": lambda: objective.sum_over_batches(
-            lambda loss, leaves: torch.zeros(1), derivatives=2
+            lambda seen, leaves: [None] * len(leaves), derivatives=2
         )[0],
         "state": lambda: objective.evaluate_state({})[0],
     }
@@ -810,7 +810,7 @@ def test_losses_and_gradients_of_a_padded_encoder_speak_of_one_function(dtype, o
         objective.loss(),
         objective.loss_at(torch.zeros(objective.size)),
         objective.evaluate_state({})[0],
-        objective.sum_over_batches(lambda loss, leaves: torch.zeros(1), derivatives=2)[0],
+        objective.sum_over_batches(lambda seen, leaves: [None] * len(leaves), derivatives=2)[0],
     ]
     with torch.no_grad():
         torch.backends.mha.set_fastpath_enabled(False)

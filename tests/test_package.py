@@ -39,6 +39,7 @@ ROOMS = (
     "objective",
     "tracing",
     "products",
+    "kept",
     "operators",
     "eigen",
     "estimators",

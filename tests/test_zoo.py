@@ -193,6 +193,21 @@ def test_products_are_symmetric_and_the_same_together_alone_and_again(name, dtyp
     assert skew <= max(allowed, PRODUCT[dtype] / 10 * size)
 
 
+@widest_entry
+def test_graphs_that_are_kept_change_no_product(name, dtype):
+    case = build(name, dtype)
+    operator = fm.HessianOperator(case.objective(), keep_graph=True)
+    n = operator.shape[0]
+    v = gaussian(n, 2, seed=3, dtype=operator.dtype)
+    with expected_warnings(case):
+        rebuilt = operator @ v
+    with operator.session():
+        for _ in range(2):
+            assert relative(operator @ v, rebuilt.double()) <= PRODUCT[dtype] / 10
+            assert relative(operator @ v[:, 0], rebuilt[:, 0].double()) <= PRODUCT[dtype] / 10
+    assert operator.kept_bytes == 0
+
+
 # ----------------------------------------------------------------------- differences of gradients
 
 

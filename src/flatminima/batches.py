@@ -195,6 +195,11 @@ class Batches:
         return self._cached is not None
 
     @property
+    def used(self) -> int:
+        """How many batches have a weight above zero."""
+        return sum(weight > 0 for weight in self._weights)
+
+    @property
     def total_weight(self) -> float:
         """Σ_b w_b."""
         return float(np.sum(self._weights))

@@ -11,6 +11,7 @@ import torch
 from .errors import ArgumentTypeError, DeviceError, InvalidArgumentError, closest
 
 __all__ = [
+    "check_callables",
     "check_choice",
     "check_device",
     "check_instance",
@@ -47,6 +48,16 @@ def check_positive(call: str, argument: str, value: object) -> float:
     if not (math.isfinite(number) and number > 0):
         raise InvalidArgumentError(_refusal(call, argument, wanted, value))
     return number
+
+
+def check_callables(call: str, **functions: object) -> None:
+    """Each of these arguments can be called, or is None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ArgumentTypeError(
+                f"The {name!r} argument of {call} must be callable; got a "
+                f"{type(function).__name__}."
+            )
 
 
 def check_choice(call: str, argument: str, value: object, choices: Iterable[str]) -> str:

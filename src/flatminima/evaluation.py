@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from .failures import explained
 from .guards import Derivatives, evaluating
 from .nested import same_tensors, to_device
 from .pieces import Pieces
-from .randomness import random_state, reseed
+from .randomness import preserved_random_state, random_state, reseed
 from .weights import split_pair
 
 __all__ = ["Evaluated", "Evaluator"]
+
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,11 @@ class Evaluator:
         # Buffers have copies always; these are made anew for each batch where need be.
         self._moving_buffers = True
 
+    @property
+    def settled(self) -> bool:
+        """Whether a whole pass has shown that the model leaves its tensors alone."""
+        return self._writes is False
+
     def mean_loss(
         self,
         parameters: Callable[[], dict[str, Tensor]],
@@ -82,6 +90,8 @@ class Evaluator:
         *,
         check: bool,
         derivatives: Derivatives,
+        kept: Mapping[int, Evaluated] | None = None,
+        value: bool = True,
     ) -> float:
         """Σ_b w_b ℓ_b / Σ_b w_b in float64.
 
@@ -92,7 +102,11 @@ class Evaluator:
             visit: is shown each batch.
             check: raise for a loss that is not finite.
             derivatives: how many `visit` takes.
+            kept: batches that were evaluated before, by number: these are shown to `visit` once
+                more, with the tensors in the module that it had then, instead of run forward.
+            value: False leaves the loss on the device, where nothing waits for it, and gives NaN.
         """
+        kept = kept or {}
         losses: list[Tensor] = []
         weights: list[float] = []
         indices: list[int] = []
@@ -103,8 +117,11 @@ class Evaluator:
         criterion = self._forward.criterion
         with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
             leaves = _Copies(parameters)
-            others = self._others(leaves.fresh(), differentiable=derivatives > 0)
+            others = _Copies(lambda: self._others(selected, differentiable=derivatives > 0))
             private = _Copies(lambda: {n: b.detach().clone() for n, b in buffers.items()})
+            first = next(iter(kept.values()), None)
+            # Copies of the parameters are made only once a batch needs them.
+            selected = leaves.fresh().keys() if first is None else first.tensors.keys()
 
             def forward(batch: Batch, data: Any, show: Callable[[Evaluated], None]) -> Tensor:
                 nonlocal wrote
@@ -118,6 +135,16 @@ class Evaluator:
                     return self._forward.evaluate(own, shadows, tensors, show)
                 finally:
                     wrote = guard.restore() or wrote
+
+            def replay(seen: Evaluated) -> None:
+                losses.append(seen.loss.detach())
+                weights.append(1.0 if self.is_sum else seen.batch.weight)
+                indices.append(seen.batch.index)
+                try:
+                    shadows = others.fresh() | private.fresh()
+                    self._forward.replay(seen, shadows, visit)
+                finally:
+                    guard.restore()
 
             def evaluate(batch: Batch) -> None:
                 nonlocal wrote
@@ -148,16 +175,21 @@ class Evaluator:
                 value = float(forward(piece, data, lambda seen: None))  # noqa: ARG005
                 return value, random_state() != before
 
-            with self.batches.reading() as stream:
+            with self._reading(kept) as stream:
                 for batch in stream:
                     with (
                         located(batch.index),
                         explained(batch.index, self.batches.device, batch.data),
                     ):
+                        if batch.index in kept:
+                            replay(kept[batch.index])
+                            continue
                         self.pieces.check_mean(batch, value_of, self.tolerance)
                         self.pieces.each(batch, evaluate)
         if watching:
             self._writes, self._moving_buffers = wrote, not all(still)
+        if not value:
+            return math.nan
         # One transfer for all batches: reading each loss as it comes would stall a GPU.
         values = torch.stack(losses).cpu().double().tolist()
         for index, value in zip(indices, values, strict=True):
@@ -170,32 +202,37 @@ class Evaluator:
             self.batches.total_weight
         )
 
+    @contextlib.contextmanager
+    def _reading(self, kept: Mapping[int, Evaluated]) -> Iterator[Iterator[Batch]]:
+        """The batches; where all are kept the user's data need not be read."""
+        if len(kept) < self.batches.used:
+            with self.batches.reading() as stream:
+                yield stream
+        else:
+            with preserved_random_state():
+                yield (seen.batch for seen in kept.values())
+
     def _own(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if n in names}
 
-    def _others(self, leaves: Mapping[str, Tensor], *, differentiable: bool) -> _Copies:
+    def _others(self, selected: Collection[str], *, differentiable: bool) -> dict[str, Tensor]:
         """The parameters that are not replaced: copies as long as the model may write to them.
 
         They keep their requires_grad, since reentrant checkpointing gives no gradient at all to
         a block whose input needs none.
         """
-        own = {n: p for n, p in self.model.named_parameters() if n not in leaves}
+        own = {n: p for n, p in self.model.named_parameters() if n not in selected}
         size = sum(p.numel() * p.element_size() for p in own.values())
         # Copies of a backbone that fills the memory would be worse than the risk.
         copied = self._writes is not False and size <= available_bytes(self.batches.device) // 2
-
-        def make() -> dict[str, Tensor]:
-            # An inference tensor takes part in derivatives only as a copy.
-            twins = {
-                n: p.detach().clone() if copied or p.is_inference() else p.detach()
-                for n, p in own.items()
-            }
-            return {
-                n: t.requires_grad_(differentiable and own[n].requires_grad)
-                for n, t in twins.items()
-            }
-
-        return _Copies(make)
+        # An inference tensor takes part in derivatives only as a copy.
+        twins = {
+            n: p.detach().clone() if copied or p.is_inference() else p.detach()
+            for n, p in own.items()
+        }
+        return {
+            n: t.requires_grad_(differentiable and own[n].requires_grad) for n, t in twins.items()
+        }
 
 
 class _Copies:
@@ -203,16 +240,14 @@ class _Copies:
 
     def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
         self._make = make
-        self._renew()
-
-    def _renew(self) -> None:
-        self.present = self._make()
-        self._versions = [t._version for t in self.present.values()]
+        self.present: dict[str, Tensor] = {}
+        self._versions: list[int] | None = None
 
     def fresh(self, *, renew: bool = False) -> dict[str, Tensor]:
-        present = self.present.values()
-        if renew or any(t._version != v for t, v in zip(present, self._versions, strict=True)):
-            self._renew()
+        versions = [t._version for t in self.present.values()]
+        if renew or versions != self._versions:
+            self.present = self._make()
+            self._versions = [t._version for t in self.present.values()]
         return self.present
 
 
@@ -248,13 +283,31 @@ class _Forward(nn.Module):
         visit: Callable[[Evaluated], None],
     ) -> Tensor:
         """ℓ_b without its graph, after `visit` has seen it."""
-        replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
-        loss: Tensor = functional_call(self, replaced, (batch, parameters, visit))
-        return loss
 
-    def forward(
-        self, batch: Batch, parameters: dict[str, Tensor], visit: Callable[[Evaluated], None]
-    ) -> Tensor:
+        def run() -> Tensor:
+            seen = self._run(batch, parameters)
+            visit(seen)
+            return seen.loss.detach()
+
+        return self._replaced(run, others, parameters)
+
+    def replay(
+        self, seen: Evaluated, others: Mapping[str, Tensor], visit: Callable[[Evaluated], None]
+    ) -> None:
+        """Show `visit` what was seen before, for checkpointing with the tensors in place."""
+        self._replaced(lambda: visit(seen), others, seen.tensors)
+
+    def _replaced(
+        self, run: Callable[[], R], others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> R:
+        replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
+        result: R = functional_call(self, replaced, (run,))
+        return result
+
+    def forward(self, run: Callable[[], R]) -> R:
+        return run()
+
+    def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Evaluated:
         loss_fn, batch_loss = self._functions
         output: Any = None
         target: Any = None
@@ -276,9 +329,7 @@ class _Forward(nn.Module):
                     f"{type(strange).__name__}; say what to do with it by batch_loss=lambda "
                     "model, batch: ..., for instance model(**batch).loss."
                 ) from error
-        scalar = _checked_loss(loss, batch)
-        visit(Evaluated(batch, scalar, output, target, parameters))
-        return scalar.detach()
+        return Evaluated(batch, _checked_loss(loss, batch), output, target, parameters)
 
 
 def _is_structured(value: Any) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batches
-from .checks import check_choice, check_device, check_instance
+from .checks import check_callables, check_choice, check_device, check_instance
 from .errors import (
-    ArgumentTypeError,
     DeviceError,
     InvalidArgumentError,
     LossNotScalarError,
@@ -25,14 +24,14 @@ from .guards import Derivatives
 from .metrics import Metric, label_count, metric_value
 from .modules import check_devices, check_model, unwrapped
 from .pieces import Microbatch, Pieces
-from .vectors import Layout, Selection, check_vector, select_parameters
+from .vectors import Layout, Selection, all_finite, check_vector, select_parameters
 from .weights import BatchWeight, example_count, is_sum, split_pair
 
 __all__ = ["Objective", "check_objective"]
 
 
-BatchPart = Callable[[Tensor, list[Tensor]], Tensor]
-"""`part(ℓ_b with its graph, leaves)` → what the batch adds, linear in ℓ_b: a vector or a matrix."""
+BatchPart = Callable[[Evaluated, list[Tensor]], Sequence[Tensor | None]]
+"""`part(seen, leaves)` → what a batch adds, linear in ℓ_b, `seen.loss`: a tensor for each leaf."""
 
 
 def check_objective(call: str, objective: object) -> Objective:
@@ -132,16 +131,7 @@ class Objective:
                 "Objective takes either loss_fn(output, target) or batch_loss=(model, batch); "
                 + ("got neither." if loss_fn is None else "got both.")
             )
-        for name, function in (
-            ("loss_fn", loss_fn),
-            ("batch_loss", batch_loss),
-            ("weight", weight),
-        ):
-            if function is not None and not callable(function):
-                raise ArgumentTypeError(
-                    f"The {name!r} argument of Objective must be callable; got a "
-                    f"{type(function).__name__}."
-                )
+        check_callables("Objective", loss_fn=loss_fn, batch_loss=batch_loss, weight=weight)
         if data is None:
             raise InvalidArgumentError(
                 "Objective needs data: a tuple of tensors, a list of batches, a DataLoader or a "
@@ -184,8 +174,6 @@ class Objective:
             eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
         )
 
-    # ----------------------------------------------------------------------------- what it is
-
     @property
     def size(self) -> int:
         """Number of selected parameters n."""
@@ -220,6 +208,11 @@ class Objective:
                 )
         return {name: own[name] for name in layout.names}
 
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether a batch's graph may serve again: it is whole, and the model writes to nothing."""
+        return self._evaluator.settled and self._evaluator.pieces.whole
+
     def __repr__(self) -> str:
         kind = type(self.model).__name__
         return (
@@ -230,8 +223,6 @@ class Objective:
     def point(self) -> Tensor:
         """θ: the selected parameters' present values as a new vector, shape (n,)."""
         return self.layout.flatten(self.parameters.values())
-
-    # --------------------------------------------------------------------------------- values
 
     def loss(self) -> float:
         """L(θ).
@@ -263,20 +254,20 @@ class Objective:
         # Taken now: within a pass the model has other tensors in their places.
         own = list(self.model.parameters())
 
-        def part(loss: Tensor, leaves: list[Tensor]) -> Tensor:
+        def part(seen: Evaluated, leaves: list[Tensor]) -> Sequence[Tensor | None]:
             nonlocal accumulates
             if self._accumulates is None:
-                accumulates = accumulates or checkpoints_reentrantly(loss)
+                accumulates = accumulates or checkpoints_reentrantly(seen.loss)
             if accumulates:
-                return self.layout.flatten(accumulated(loss, leaves, own))
-            return self.layout.flatten(torch.autograd.grad(loss, leaves, allow_unused=True))
+                return accumulated(seen.loss, leaves, own)
+            return torch.autograd.grad(seen.loss, leaves, allow_unused=True)
 
         value, gradient = self.sum_over_batches(part, shift, check=displacement is None)
         self._accumulates = accumulates
-        assert gradient is not None
-        if displacement is None and not bool(torch.isfinite(gradient).all()):
-            places = self.layout.slices()
-            name = next(n for n, place in places if not torch.isfinite(gradient[place]).all())
+        gradient = gradient[0]
+        if displacement is None and not all_finite(gradient):
+            slices = self.layout.slices()
+            name = next(n for n, place in slices if not torch.isfinite(gradient[place]).all())
             raise NonFiniteError(
                 f"The gradient by {name!r} holds NaN or infinity although the loss is {value:.4g}; "
                 "look for a root or a norm of zero in the model or the loss."
@@ -325,8 +316,6 @@ class Objective:
         )
         return value, {n: sums[n] / counts[n] if counts[n] else math.nan for n in sums}
 
-    # ----------------------------------------------------------------------- for other rooms
-
     def sum_over_batches(
         self,
         part: BatchPart | None,
@@ -334,21 +323,29 @@ class Objective:
         *,
         check: bool = True,
         derivatives: Derivatives = 1,
-    ) -> tuple[float, Tensor | None]:
+        rows: int = 1,
+        kept: Mapping[int, Evaluated] | None = None,
+        wants_value: bool = True,
+    ) -> tuple[float, Tensor]:
         """The one place where batches are added up.
 
         Args:
-            part: what each batch adds, made from its loss ℓ_b with its graph and the selected
-                parameters at θ + δ as leaves, and linear in the loss; None when only the loss is
-                wanted.
+            part: what each batch adds, made from its loss ℓ_b with its graph, `seen.loss`, and
+                the selected parameters at θ + δ as leaves, and linear in the loss: a tensor for
+                each leaf, or None for zeros, as from `torch.autograd.grad`. Several vectors are
+                given one after the other. None when only the loss is wanted.
             displacement: δ, shape (n,), of this objective's dtype and device.
             check: raise for a loss that is not finite, naming the batch.
             derivatives: how many `part` takes; for 2, kernels are chosen that have as many.
+            rows: how many vectors `part` gives.
+            kept: batches evaluated at the same point before, by number, shown to `part` again.
+            wants_value: False spares the device a wait for the loss, which is then NaN.
 
         Returns:
-            L(θ + δ), added up in float64, and Σ_b w_b part_b / Σ_b w_b (None without `part`).
+            L(θ + δ), added up in float64, and Σ_b w_b part_b / Σ_b w_b, shape (rows, n); of no
+            rows without `part`.
         """
-        total: Tensor | None = None
+        total = torch.zeros(0, self.size, dtype=self.dtype, device=self.device)
 
         def add(seen: Evaluated) -> None:
             nonlocal total
@@ -360,10 +357,11 @@ class Objective:
                     "parameters: they are unused, or the graph is cut by detach(), no_grad() or "
                     ".data."
                 )
+            added = part(seen, [seen.tensors[name] for name in self.layout.names])
+            if len(total) == 0:
+                total = total.new_zeros(rows, self.size)
             # Weighted only now: a half-precision loss times a large weight is inf.
-            added = part(seen.loss, [seen.tensors[name] for name in self.layout.names])
-            weight = 1.0 if self._is_sum else seen.batch.weight
-            total = added.mul_(weight) if total is None else total.add_(added, alpha=weight)
+            self.layout.add(total, added, 1.0 if self._is_sum else seen.batch.weight)
 
         value = self._evaluator.mean_loss(
             lambda: self._leaves(displacement, differentiable=part is not None),
@@ -371,10 +369,10 @@ class Objective:
             add,
             check=check,
             derivatives=0 if part is None else derivatives,
+            kept=kept,
+            value=wants_value,
         )
-        return value, None if total is None else total.div_(self.batches.total_weight)
-
-    # -------------------------------------------------------------------------------- private
+        return value, total.div_(self.batches.total_weight)
 
     def _checked(self, displacement: object, call: str) -> Tensor:
         return check_vector(

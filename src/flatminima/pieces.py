@@ -60,6 +60,11 @@ class Pieces:
             _check_modules(model, mode)
         self._to_check = size is not None
 
+    @property
+    def whole(self) -> bool:
+        """Whether no batch is ever cut."""
+        return self._size is None and not self._auto
+
     def each(self, batch: Batch, evaluate: Evaluate) -> None:
         """Evaluate the batch, whole or piece by piece.
 

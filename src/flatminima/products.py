@@ -9,114 +9,124 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from .errors import NotTwiceDifferentiableError
 from .tracing import GraphTrace, operation_name
 from .vectors import Layout
 
-__all__ = ["Block", "block_double_backward", "central_differences", "double_backward"]
+__all__ = ["Block", "GradientGraph", "Pieces", "central_differences"]
 
 Block = Sequence[int]
 """Positions of the leaves that make up a diagonal block of the Hessian."""
 
+Pieces = Sequence[Tensor | None]
+"""For each leaf a tensor of its shape, or None for zeros."""
 
-def double_backward(
-    loss: Tensor,
-    leaves: Sequence[Tensor],
-    vectors: Sequence[Tensor],
-    layout: Layout,
-    trace: GraphTrace | None = None,
-) -> list[Tensor]:
-    """H v for each of several v by reverse over reverse (Pearlmutter 1994).
 
-    The graph of the gradient is built once and serves all the vectors.
+class GradientGraph:
+    """The gradient of a loss with its graph, by which products with the Hessian are taken.
+
+    Building it costs about as much as a gradient, and each product twice that (Pearlmutter 1994,
+    reverse over reverse).
 
     Args:
         loss: scalar with its graph.
         leaves: the parameters it is differentiated by.
-        vectors: each of shape (n,).
         layout: how the leaves lie in a vector.
         trace: entered while the loss was computed, when the graph is to be examined.
-
-    Returns:
-        One new (n,) tensor for each vector; zeros where the gradient is constant.
 
     Raises:
         NotTwiceDifferentiableError: an operation has no second derivative; the error names it,
             and with `trace` the module that called it.
     """
-    with _second_derivative(loss, leaves, trace):
-        graph = _Gradient(loss, leaves)
-        products = []
-        for number, vector in enumerate(vectors, start=1):
-            pieces = graph.product(
-                layout.unflatten(vector), range(len(leaves)), last=number == len(vectors)
+
+    def __init__(
+        self,
+        loss: Tensor,
+        leaves: Sequence[Tensor],
+        layout: Layout,
+        trace: GraphTrace | None = None,
+    ) -> None:
+        refusal = None if trace is None else trace.refusal(loss, leaves)
+        if refusal is not None:
+            raise _not_twice(*refusal)
+        self._leaves, self._layout, self._trace = leaves, layout, trace
+        with _second_derivative(trace):
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        # A gradient without a graph is constant in θ: a linear or an unused parameter. Of the
+        # others the edge is enough, so that the gradient's own memory is not held.
+        self._edges = {
+            i: get_gradient_edge(g)
+            for i, g in enumerate(gradients)
+            if g is not None and g.requires_grad
+        }
+
+    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> Pieces:
+        """H v for each of several v of shape (n,), one after the other.
+
+        Args:
+            vectors: v.
+            keep: whether the graph is to serve once more.
+
+        Returns:
+            For each v a tensor for each leaf, or None for zeros.
+
+        Raises:
+            NotTwiceDifferentiableError: an operation has no second derivative.
+        """
+        every = range(len(self._leaves))
+        last = len(vectors) - 1
+        return [
+            piece
+            for number, vector in enumerate(vectors)
+            for piece in self._product(
+                self._layout.unflatten(vector), every, keep=keep or number < last
             )
-            products.append(layout.flatten(pieces))
-        return products
+        ]
 
+    def block_product(
+        self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = False
+    ) -> Pieces:
+        """The product of a vector with the diagonal blocks of H alone.
 
-def block_double_backward(
-    loss: Tensor,
-    leaves: Sequence[Tensor],
-    vector: Tensor,
-    blocks: Sequence[Block],
-    layout: Layout,
-    trace: GraphTrace | None = None,
-) -> Tensor:
-    """The product of `vector` with the diagonal blocks of H alone, shape (n,) → (n,).
+        For each block only the part of the graph between the block's gradient and the block's
+        parameters is gone through.
 
-    The graph of the gradient is built once; for each block only the part of it between the
-    block's gradient and the block's parameters is gone through again.
+        Args:
+            vector: (n,); entries outside of the blocks are not looked at.
+            blocks: disjoint.
+            keep: whether the graph is to serve once more.
 
-    Args:
-        loss: scalar with its graph.
-        leaves: the parameters it is differentiated by.
-        vector: shape (n,); entries outside of the blocks are not looked at.
-        blocks: disjoint.
-        layout: how the leaves lie in a vector.
-        trace: as in `double_backward`.
+        Returns:
+            A tensor for each leaf, or None for zeros, as there are outside of the blocks.
 
-    Returns:
-        A new vector, zero outside of the blocks.
-
-    Raises:
-        NotTwiceDifferentiableError: an operation has no second derivative.
-    """
-    with _second_derivative(loss, leaves, trace):
-        graph = _Gradient(loss, leaves)
-        pieces = layout.unflatten(vector)
-        out: list[Tensor | None] = [None] * len(leaves)
+        Raises:
+            NotTwiceDifferentiableError: an operation has no second derivative.
+        """
+        pieces = self._layout.unflatten(vector)
+        out: list[Tensor | None] = [None] * len(self._leaves)
         for number, block in enumerate(blocks, start=1):
-            found = graph.product(pieces, block, last=number == len(blocks))
+            found = self._product(pieces, block, keep=keep or number < len(blocks))
             for index, piece in zip(block, found, strict=True):
                 out[index] = piece
-        return layout.flatten(out)
+        return out
 
-
-class _Gradient:
-    """The gradient with its graph."""
-
-    def __init__(self, loss: Tensor, leaves: Sequence[Tensor]) -> None:
-        self.leaves = leaves
-        self.gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-
-    def product(
-        self, pieces: Sequence[Tensor], block: Block, *, last: bool
+    def _product(
+        self, pieces: Sequence[Tensor], block: Block, *, keep: bool
     ) -> Sequence[Tensor | None]:
         """The derivative by the leaves of `block` of the block's gradient times its pieces."""
-        # A gradient without a graph is constant in θ: a linear or an unused parameter.
-        gradients = {i: self.gradients[i] for i in block}
-        kept = {i: g for i, g in gradients.items() if g is not None and g.requires_grad}
-        if not kept:
+        edges = {i: self._edges[i] for i in block if i in self._edges}
+        if not edges:
             return [None] * len(block)
-        return torch.autograd.grad(
-            list(kept.values()),
-            [self.leaves[i] for i in block],
-            grad_outputs=[pieces[i] for i in kept],
-            retain_graph=not last,
-            allow_unused=True,
-        )
+        with _second_derivative(self._trace):
+            return torch.autograd.grad(
+                list(edges.values()),
+                [self._leaves[i] for i in block],
+                grad_outputs=[pieces[i] for i in edges],
+                retain_graph=keep,
+                allow_unused=True,
+            )
 
 
 # What PyTorch says of an operation without a second derivative.
@@ -128,13 +138,8 @@ _MISSING = re.compile(
 
 
 @contextlib.contextmanager
-def _second_derivative(
-    loss: Tensor, leaves: Sequence[Tensor], trace: GraphTrace | None
-) -> Iterator[None]:
+def _second_derivative(trace: GraphTrace | None) -> Iterator[None]:
     """PyTorch's complaint that there is none, told with the operation and the way out."""
-    refusal = None if trace is None else trace.refusal(loss, leaves)
-    if refusal is not None:
-        raise _not_twice(*refusal)
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
@@ -148,9 +153,6 @@ def _second_derivative(
         else:
             name = "a function marked as once_differentiable"
         raise _not_twice(name, "" if trace is None else trace.place(name)) from error
-    finally:
-        if trace is not None:
-            trace.forget()
 
 
 def _not_twice(operation: str, module: str) -> NotTwiceDifferentiableError:

@@ -289,7 +289,10 @@ def sharpness(
         # One draw, so that every measure starts from the same seed here too.
         seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device).item())
     shared: dict[str, Any] = {"seed": seed, "progress": progress}
-    with progress_bar("sharpness", total=len(chosen), unit="measure", show=progress) as bar:
+    with (
+        operator.session(),
+        progress_bar("sharpness", total=len(chosen), unit="measure", show=progress) as bar,
+    ):
         loss = objective.loss()
         for name in MEASURES:
             if name not in chosen:

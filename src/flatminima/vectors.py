@@ -20,7 +20,14 @@ from .errors import (
 )
 from .randomness import Seed, as_generator
 
-__all__ = ["GaussianSubspace", "Layout", "Selection", "check_vector", "select_parameters"]
+__all__ = [
+    "GaussianSubspace",
+    "Layout",
+    "Selection",
+    "all_finite",
+    "check_vector",
+    "select_parameters",
+]
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -167,11 +174,36 @@ class Layout:
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Views into `vector` (size,), shaped as the tensors; copies only where dtypes differ."""
+        pieces = self.views(vector)
+        return [piece.to(dtype) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Views into `vector` (size,), shaped as the tensors, of the vector's dtype."""
         pieces = torch.split(vector, list(self.sizes))
-        return [
-            piece.view(shape).to(dtype)
-            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def add(self, total: Tensor, pieces: Sequence[Tensor | None], scale: float) -> None:
+        """Add `scale` times the tensors of some vectors to the rows of `total` (rows, size).
+
+        Args:
+            total: is changed.
+            pieces: for each row a tensor of each name; None counts as zeros.
+            scale: a factor.
+        """
+        targets = [view for row in total for view in self.views(row)]
+        pairs = [
+            (target, piece.detach() if piece.layout == torch.strided else piece.to_dense())
+            for target, piece in zip(targets, pieces, strict=True)
+            if piece is not None
         ]
+        if pairs:
+            torch._foreach_add_([t for t, _ in pairs], [p for _, p in pairs], alpha=scale)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it."""
+    # The sum reads it once and writes nothing; that alone can overflow, too.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def check_vector(
@@ -202,9 +234,8 @@ def check_vector(
         raise DeviceError(f"{call} works on {device}; the vector lies on {vector.device}.")
     if vector.dtype.is_complex:
         raise ArgumentTypeError(f"{call} takes real vectors; got {vector.dtype}.")
-    finite = torch.isfinite(vector)
-    if not bool(finite.all()):
-        where = int((~finite).reshape(-1).nonzero()[0])
+    if not all_finite(vector):
+        where = int((~torch.isfinite(vector)).reshape(-1).nonzero()[0])
         index = divmod(where, vector.shape[1])[0] if columns else where
         raise NonFiniteError(f"{call} was given a vector with NaN or infinity at index {index}.")
     return vector.detach().to(dtype)

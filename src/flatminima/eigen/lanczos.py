@@ -94,7 +94,10 @@ def lanczos(
     rows = max(2 * k + 10, 20) if basis_size is None else basis_size
     rows = min(n, check_integer("lanczos", "basis_size", rows, low=min(n, k + 3)))
     solver = LanczosSteps(operator, n, k, which, tol, limit, rows, seed)
-    with progress_bar("lanczos", total=limit, unit="product", show=progress) as bar:
+    with (
+        operator.session(),
+        progress_bar("lanczos", total=limit, unit="product", show=progress) as bar,
+    ):
         steps = solver.run()
         vector = next(steps)
         while True:

@@ -73,7 +73,10 @@ def power_iteration(
     found = torch.zeros(k, n, dtype=operator.dtype, device=operator.device)
     images = torch.zeros_like(found)
     products, scale = 0, 0.0
-    with progress_bar("power iteration", total=limit, unit="product", show=progress) as bar:
+    with (
+        operator.session(),
+        progress_bar("power iteration", total=limit, unit="product", show=progress) as bar,
+    ):
         for index in range(k):
             # What is left for this pair, one product kept for each of those to come.
             budget = limit - products - (k - 1 - index)

@@ -95,7 +95,10 @@ def trace(
     itemsize = torch.empty(0, dtype=operator.dtype).element_size()
     width = max(1, min(products, BLOCK_BYTES // (n * itemsize)))
     samples: list[float] = []
-    with progress_bar("trace", total=products, unit="product", show=progress) as bar:
+    with (
+        operator.session(),
+        progress_bar("trace", total=products, unit="product", show=progress) as bar,
+    ):
         while len(samples) < products:
             count = min(width, products - len(samples))
             signs = rademacher(count, n, generator, dtype=operator.dtype, device=operator.device)

@@ -169,8 +169,9 @@ def layerwise(
     operator = HessianOperator(objective)
     groups = _groups(objective, depth)
     generator = as_generator(seed, objective.device)
-    traces = _traces(operator, groups, trace_products, generator, progress)
-    solvers, passes = _eigenvalues(operator, groups, tol, max_products, generator, progress)
+    with operator.session():
+        traces = _traces(operator, groups, trace_products, generator, progress)
+        solvers, passes = _eigenvalues(operator, groups, tol, max_products, generator, progress)
     layers = []
     for (name, block), samples, solver in zip(groups.items(), traces, solvers, strict=True):
         mean = math.fsum(samples) / trace_products

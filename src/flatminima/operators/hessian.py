@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ..errors import FiniteDifferenceWarning, NonFiniteError, NotTwiceDifferentiableError, warn
+from ..errors import (
+    FiniteDifferenceWarning,
+    InvalidArgumentError,
+    NonFiniteError,
+    NotTwiceDifferentiableError,
+    warn,
+)
+from ..evaluation import Evaluated
+from ..kept import KeepGraph, KeptGraphs
 from ..objective import Objective, check_objective
-from ..products import Block, block_double_backward, central_differences, double_backward, where
+from ..products import Block, GradientGraph, Pieces, central_differences, where
 from ..randomness import as_generator, rademacher
 from ..tracing import GraphTrace
 from .linear import LinearOperator
 
 __all__ = ["HessianOperator"]
+
+Part = Callable[[GradientGraph, bool], Pieces]
+"""What a batch adds, made from its graph, and whether the graph is to serve again."""
 
 METHODS = ("auto", "double_backward", "finite_differences")
 
@@ -27,7 +39,8 @@ class HessianOperator(LinearOperator):
 
     Products are exact, reverse over reverse: counting operations, one costs three gradients, the
     gradient with its graph and twice as much to differentiate it. `matmat` reads each batch and
-    builds that graph once for all columns. Attention runs under the MATH kernel meanwhile, and
+    builds that graph once for all columns; within a `session` it is kept from product to product,
+    so that each costs two gradients. Attention runs under the MATH kernel meanwhile, and
     recurrent modules without their fused kernels, which have no second derivatives.
 
     Where an operation has none in any form, products are central differences of gradients, four
@@ -37,6 +50,9 @@ class HessianOperator(LinearOperator):
         objective: what is differentiated twice, at the model's present parameters.
         method: "auto": exact where possible; "double_backward" insists on it;
             "finite_differences" asks for differences.
+        keep_graph: what a session may keep: "auto" for graphs of as many batches as fit into a
+            quarter of the memory that is free at its beginning, True for all, False for none.
+            Models that write to their tensors, and batches in pieces, have theirs rebuilt.
 
     Attributes:
         objective: as given.
@@ -70,27 +86,58 @@ class HessianOperator(LinearOperator):
         objective: Objective,
         *,
         method: Literal["auto", "double_backward", "finite_differences"] = "auto",
+        keep_graph: KeepGraph = "auto",
     ) -> None:
         check_objective("HessianOperator", objective)
         super().__init__(objective.size, objective.dtype, objective.device)
         self.objective = objective
         check_choice("HessianOperator", "method", method, METHODS)
+        if not (isinstance(keep_graph, bool) or keep_graph == "auto"):
+            raise InvalidArgumentError(
+                "The 'keep_graph' argument of HessianOperator must be True, False or 'auto'; got "
+                f"{keep_graph!r}."
+            )
+        self._kept = KeptGraphs(objective, keep_graph)
         self._insists = method == "double_backward"
         self.method = "finite_differences" if method == "finite_differences" else "double_backward"
         self.reason = ""
         # Whether a pass has shown that every operation has a second derivative.
         self._examined = False
 
-    def _products(self, vectors: Tensor) -> Tensor:
-        layout = self.objective.layout
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """While it lasts, the graphs of the batches' gradients are kept, as `keep_graph` says.
 
-        def part(loss: Tensor, leaves: list[Tensor], trace: GraphTrace | None) -> Tensor:
-            return torch.stack(double_backward(loss, leaves, list(vectors), layout, trace))
+        The algorithms of this library enter it by themselves. The model must stay as it is
+        meanwhile: when its tensors or flags are found changed, the graphs are built anew, but a
+        CUDA tensor written to through `.data` is not noticed.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> data = torch.eye(2), torch.zeros(2, 1)
+            >>> hessian = fm.HessianOperator(fm.Objective(model, torch.nn.MSELoss(), data))
+            >>> with hessian.session():
+            ...     products = [hessian @ torch.ones(2) for _ in range(3)]
+            >>> products[-1]
+            tensor([1., 1.])
+        """
+        with self._kept.session():
+            yield
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that kept graphs take at present: of the tensors saved for them."""
+        return self._kept.bytes
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        def part(graph: GradientGraph, keep: bool) -> Pieces:
+            return graph.products(list(vectors), keep=keep)
 
         def differences() -> Tensor:
             return torch.stack([self._difference(v) for v in vectors])
 
-        return self._exact_or(part, differences)
+        return self._exact_or(part, differences, rows=len(vectors))
 
     def block_product(self, vector: Tensor, blocks: Sequence[Block]) -> Tensor:
         """The product with diagonal blocks of H, those of `blocks`, shape (n,) → (n,).
@@ -101,30 +148,26 @@ class HessianOperator(LinearOperator):
         """
         layout = self.objective.layout
 
-        def part(loss: Tensor, leaves: list[Tensor], trace: GraphTrace | None) -> Tensor:
-            return block_double_backward(loss, leaves, vector, blocks, layout, trace)
+        def part(graph: GradientGraph, keep: bool) -> Pieces:
+            return graph.block_product(vector, blocks, keep=keep)
 
         def differences() -> Tensor:
             out = torch.zeros_like(vector)
             for block in blocks:
                 inside = layout.mask(block)
                 out += self._difference(vector * inside) * inside
-            return out
+            return out[None]
 
-        return self._exact_or(part, differences)
+        return self._exact_or(part, differences, rows=1)[0]
 
-    def _exact_or(
-        self,
-        part: Callable[[Tensor, list[Tensor], GraphTrace | None], Tensor],
-        differences: Callable[[], Tensor],
-    ) -> Tensor:
-        """The exact product where there is one, by `part`."""
+    def _exact_or(self, part: Part, differences: Callable[[], Tensor], *, rows: int) -> Tensor:
+        """The exact products where there are any, by `part`, shape (rows, n)."""
         if self.method == "double_backward":
             try:
                 if self._examined:
-                    return self._summed(lambda loss, leaves: part(loss, leaves, None))
+                    return self._exact(part, rows)
                 with GraphTrace(self.objective.model) as trace:
-                    product = self._summed(lambda loss, leaves: part(loss, leaves, trace))
+                    product = self._summed(part, rows, trace)
                 self._check_functions(trace)
                 self._examined = True
                 return product
@@ -137,11 +180,38 @@ class HessianOperator(LinearOperator):
                 return product
         return differences()
 
-    def _summed(self, part: Callable[[Tensor, list[Tensor]], Tensor]) -> Tensor:
-        loss, product = self.objective.sum_over_batches(part, derivatives=2)
-        assert product is not None
-        # What cancels exactly on paper, such as a bias before batch norm, leaves this much.
-        self.floor = 100 * torch.finfo(self.dtype).eps * abs(loss)
+    def _exact(self, part: Part, rows: int) -> Tensor:
+        """The product, by graphs that are kept where there are any."""
+        try:
+            with self._kept.recording():
+                return self._summed(part, rows)
+        except RuntimeError as error:
+            # Transforms of torch.func within the model allow no hooks on what graphs save.
+            if "saved tensor hooks" not in str(error):
+                raise
+        self._kept.give_up()
+        return self._summed(part, rows)
+
+    def _summed(self, part: Part, rows: int, trace: GraphTrace | None = None) -> Tensor:
+        kept, layout = self._kept, self.objective.layout
+
+        def add(seen: Evaluated, leaves: list[Tensor]) -> Pieces:
+            graph = kept.graph(seen)
+            if graph is not None:
+                return part(graph, True)
+            try:
+                graph = GradientGraph(seen.loss, leaves, layout, trace)
+                return part(graph, kept.offer(seen, graph))
+            finally:
+                if trace is not None:
+                    trace.forget()
+
+        loss, product = self.objective.sum_over_batches(
+            add, derivatives=2, rows=rows, kept=kept.seen, wants_value=not kept.complete
+        )
+        if not kept.complete:
+            # What cancels exactly on paper, such as a bias before batch norm, leaves this much.
+            self.floor = 100 * torch.finfo(self.dtype).eps * abs(loss)
         return product
 
     def _difference(self, vector: Tensor) -> Tensor:
@@ -171,7 +241,7 @@ class HessianOperator(LinearOperator):
         probe = rademacher(
             1, self.shape[0], as_generator(0, self.device), dtype=self.dtype, device=self.device
         )[0]
-        exact = self._summed(lambda loss, leaves: double_backward(loss, leaves, [probe], layout)[0])
+        exact = self._summed(lambda graph, keep: graph.products([probe], keep=keep), 1)[0]
         other = self._difference(probe)
         allowed = 10 * self.error * float(torch.linalg.vector_norm(probe))
         self.error = 0.0
@@ -193,7 +263,7 @@ class HessianOperator(LinearOperator):
             )
 
     def _announce(self, product: Tensor) -> None:
-        size = float(torch.linalg.vector_norm(product)) or 1.0
+        size = float(torch.linalg.vector_norm(product[0])) or 1.0
         warn(
             f"{self.reason[:-1]}, so Hessian products are central differences of gradients, with "
             f"an estimated error of {self.error:.1e} for unit vectors (the first product has "

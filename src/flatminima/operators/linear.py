@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..errors import (
     NotSymmetricError,
     ShapeError,
 )
-from ..vectors import check_vector
+from ..vectors import all_finite, check_vector
 
 __all__ = [
     "FunctionOperator",
@@ -103,12 +104,20 @@ class LinearOperator(ABC):
         return self._finite(self._products(checked.T.contiguous())).T
 
     def _finite(self, products: Tensor) -> Tensor:
-        if not bool(torch.isfinite(products).all()):
+        if not all_finite(products):
             raise NonFiniteError(
                 f"A product with {self!r} holds NaN or infinity. Where the loss is finite, half "
                 "precision may have overflowed: use bfloat16 or float32."
             )
         return products
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """While it lasts, an operator may keep what makes further products cheaper.
+
+        The algorithms of this library enter it by themselves. It frees everything at its end.
+        """
+        yield
 
     def __matmul__(self, other: Tensor) -> Tensor:
         if not isinstance(other, Tensor):
