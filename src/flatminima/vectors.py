@@ -238,7 +238,8 @@ def check_vector(
         where = int((~torch.isfinite(vector)).reshape(-1).nonzero()[0])
         index = divmod(where, vector.shape[1])[0] if columns else where
         raise NonFiniteError(f"{call} was given a vector with NaN or infinity at index {index}.")
-    return vector.detach().to(dtype)
+    # A column of a matrix would slow down every operation that it enters.
+    return vector.detach().to(dtype).contiguous()
 
 
 class GaussianSubspace:
