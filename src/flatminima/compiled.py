@@ -221,12 +221,13 @@ class CompiledProducts:
             expected = _by_autograd(loss, leaves, others, data, tensors, vectors)
         self.compile_seconds += time.perf_counter() - start
         with self._counted(plan):
-            with _no_other_randomness():
-                graph = trace_product(loss, leaves, others, data, tensors)
-            plan.take(graph, attributes)
-            plan.second = _compile(
-                graph.second, lambda: plan.prepare(inputs, attributes).arguments(vectors)
-            )
+            with preserved_random_state():
+                with _no_other_randomness():
+                    graph = trace_product(loss, leaves, others, data, tensors)
+                plan.take(graph, attributes)
+                plan.second = _compile(
+                    graph.second, lambda: plan.prepare(inputs, attributes).arguments(vectors)
+                )
             plan.compile_first = lambda: _compile(
                 graph.first, lambda: plan.inputs(inputs, attributes)
             )
@@ -344,7 +345,7 @@ class _Expected:
 
 
 def _norm(tensors: Sequence[Tensor | None]) -> float:
-    squares = [float(t.double().square().sum()) for t in tensors if t is not None]
+    squares = [float(t.detach().double().square().sum()) for t in tensors if t is not None]
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
 
@@ -387,6 +388,14 @@ def _no_other_randomness() -> Iterator[None]:
         raise _RefusedError("the forward draws from Python's or NumPy's random numbers")
 
 
+_READS = {
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+    "ValueReadError",
+}
+
+
 def _reason(error: Exception) -> str:
     """Why tracing or compiling failed, as a part of a sentence."""
     name = type(error).__name__
@@ -395,7 +404,7 @@ def _reason(error: Exception) -> str:
     text = str(error).strip().split("\n")[0][:300]
     if isinstance(error, _RefusedError):
         return text
-    if {"DataDependentOutputException", "DynamicOutputShapeException"} & set(chain):
+    if _READS & set(chain):
         return (
             f"the forward asks for values while it is traced ({text}): an `if` on a tensor, "
             ".item(), or a shape that depends on the data"

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Loss", "ProductGraph", "second_order", "trace_product"]
+__all__ = ["Loss", "ProductGraph", "ValueReadError", "second_order", "trace_product"]
 
 Loss = Callable[[dict[str, Tensor], dict[str, Tensor], Any], Tensor]
 """(parameters, other tensors by name, batch) → ℓ_b with its graph, by replaced tensors."""
+
+
+class ValueReadError(Exception):
+    """An operation whose result is a number, or has a shape, that depends on values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ def trace_product(
         tensors: all those within `data`, which take the place of the inputs after `others`.
 
     Raises:
+        ValueReadError: a number or a shape depends on the values of tensors.
         Exception: whatever PyTorch makes of operations that cannot be traced.
     """
     # Not above: it takes half a second, which only who compiles should wait for.
@@ -90,12 +95,22 @@ def trace_product(
     traced = make_fx(product, tracing_mode="fake", _allow_non_fake_inputs=True)(
         examples, directions
     )
+    _check_values(traced.graph)
     traced.graph.set_codegen(fx.graph.CodeGen())
     captured = _lift(traced, count)
     pure = make_fx(torch.func.functionalize(traced, remove="mutations"), tracing_mode="fake")(
         *examples, *captured, *directions
     )
     return _cut(pure, count, reached, captured)
+
+
+def _check_values(graph: fx.Graph) -> None:
+    """Refuse what some releases trace as a number that is not known yet."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        parts = value.shape if isinstance(value, Tensor) else (value,)
+        if any(isinstance(p, (torch.SymInt, torch.SymFloat, torch.SymBool)) for p in parts):
+            raise ValueReadError(str(node.target))
 
 
 def second_order(
@@ -141,6 +156,7 @@ def _cut(
     for node in [n for n in graph.nodes if n.target is torch.ops.aten.copy_.default]:
         # What is left of writes to inputs, in the end of the graph.
         graph.erase_node(node)
+    _spare_statistics(graph)
     graph.eliminate_dead_code()
     given, vectors = placeholders[:-count], placeholders[-count:]
     value, *products = torch.utils._pytree.tree_leaves(_output(graph).args[0])
@@ -174,6 +190,20 @@ def _cut(
         tuple(i for i, _ in wanted),
         captured,
     )
+
+
+def _spare_statistics(graph: fx.Graph) -> None:
+    """Give batch norm copies of its statistics: it writes to them without saying so."""
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or "backward" in node.name:
+            continue
+        names = [a.name for a in node.target._schema.arguments]
+        for name in {"running_mean", "running_var"}.intersection(names):
+            statistic = node.args[names.index(name)] if names.index(name) < len(node.args) else None
+            if isinstance(statistic, fx.Node):
+                with graph.inserting_before(node):
+                    twin = graph.call_function(torch.ops.aten.clone.default, (statistic,))
+                node.update_arg(names.index(name), twin)
 
 
 def _crossing(graph: fx.Graph, dependent: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
