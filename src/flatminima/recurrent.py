@@ -98,7 +98,8 @@ def _lstm(
             inputs = F.linear(x, w_ih, biases[0] + biases[1] if biases else None)
             if direction:
                 inputs = inputs.flip(0)
-            h, c, _ = _Layer.apply(inputs, hx[0][number], hx[1][number], w_hh)
+            first = hx[0][number], hx[1][number]
+            h, c, _ = _Layer.apply(inputs, *first, w_hh)  # type: ignore[no-untyped-call]
             last_h.append(h[-1])
             last_c.append(c[-1])
             outputs.append(h.flip(0) if direction else h)
@@ -128,9 +129,9 @@ class _Layer(Function):
         hidden, cells, gates = [], [], []
         for x in inputs:
             a = torch.addmm(x, h, weight.t())
-            first, g, o = a.split([2 * size, size, size], -1)
+            first, g, o = torch.split(a, [2 * size, size, size], -1)
             first, g, o = first.sigmoid(), g.tanh(), o.sigmoid()
-            i, f = first.split(size, -1)
+            i, f = torch.chunk(first, 2, -1)
             c = torch.addcmul(f * c, i, g)
             h = o * c.tanh()
             hidden.append(h)
@@ -154,7 +155,7 @@ class _Layer(Function):
             # Constants of the gradient's recurrence, kept for the passes that follow.
             with torch.no_grad():
                 ctx.factors = _Factors(gates, cells, c0)
-        d_inputs, d_c0 = _LayerBackward.apply(
+        d_inputs, d_c0 = _LayerBackward.apply(  # type: ignore[no-untyped-call]
             d_hidden, d_cells, d_gates, gates, cells, c0, weight, ctx.factors
         )
         before = torch.cat([h0.unsqueeze(0), hidden[:-1]])
@@ -186,7 +187,7 @@ class _Factors:
 
 
 def _quads(gates: Tensor) -> Tensor:
-    return gates.unflatten(-1, (4, -1))
+    return gates.view(*gates.shape[:-1], 4, gates.shape[-1] // 4)
 
 
 class _LayerBackward(Function):
@@ -207,7 +208,8 @@ class _LayerBackward(Function):
         own = None if d_gates is None else _quads(d_gates) * factors.slopes
         d_h: Tensor = torch.zeros_like(c0) if d_hidden is None else d_hidden[-1]
         d_c = torch.zeros_like(c0)
-        spreads, inputs = [], []
+        spreads: list[Tensor] = []
+        inputs: list[Tensor] = []
         for t in range(len(factors.m) - 1, -1, -1):
             if inputs:
                 a = inputs[-1].flatten(-2)
@@ -225,7 +227,7 @@ class _LayerBackward(Function):
         return d_inputs, d_c
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g_inputs: Tensor | None, g_c0: Tensor | None) -> tuple[Any, ...]:
         weight, c0, d_gates, d_inputs, spreads = ctx.saved_tensors
         factors: _Factors = ctx.factors

@@ -96,8 +96,7 @@ def _convolution(
         return None
     lists = [v * dimensions if len(v) == 1 else v for v in lists]
     options = (*lists, False, [0] * dimensions, groups)
-    out: Tensor = _Convolution.apply(input, weight, bias, options)  # type: ignore[no-untyped-call]
-    return out
+    return _forward(input, weight, bias, options)
 
 
 class _Convolution(Function):
@@ -116,7 +115,7 @@ class _Convolution(Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        found = _ConvolutionBackward.apply(d_out, x, weight, ctx.options, wanted)
+        found = _backward(d_out, x, weight, ctx.options, wanted)
         return (*found, None)
 
 
@@ -152,18 +151,32 @@ class _ConvolutionBackward(Function):
         if by_out:
             # The derivative is linear in all three, each through one convolution.
             if g_x is not None:
-                g_out = _Convolution.apply(g_x, weight, g_bias, options)
+                g_out = _forward(g_x, weight, g_bias, options)
             if g_weight is not None:
                 bias = None if g_x is not None else g_bias
-                other = _Convolution.apply(x, g_weight, bias, options)
+                other = _forward(x, g_weight, bias, options)
                 g_out = other if g_out is None else g_out + other
             if g_x is None and g_weight is None and g_bias is not None:
                 g_out = g_bias.view(-1, *[1] * (x.dim() - 2)).expand_as(d_out)
         found_x = found_weight = None
         if by_x and g_weight is not None:
             only = (True, False, False)
-            found_x = _ConvolutionBackward.apply(d_out, x, g_weight, options, only)[0]
+            found_x = _backward(d_out, x, g_weight, options, only)[0]
         if by_weight and g_x is not None:
             only = (False, True, False)
-            found_weight = _ConvolutionBackward.apply(d_out, g_x, weight, options, only)[1]
+            found_weight = _backward(d_out, g_x, weight, options, only)[1]
         return g_out, found_x, found_weight, None, None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    out: Tensor = _Convolution.apply(x, weight, bias, options)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _backward(
+    d_out: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], wanted: Any
+) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor | None, ...] = _ConvolutionBackward.apply(  # type: ignore[no-untyped-call]
+        d_out, x, weight, options, wanted
+    )
+    return found
