@@ -314,3 +314,21 @@ def test_the_graph_is_cut_where_the_vector_comes_in():
 def test_max_shapes_must_be_a_positive_integer(value):
     with pytest.raises((InvalidArgumentError, TypeError), match="max_shapes"):
         CompiledProducts(max_shapes=value)
+
+
+@needs_compiler
+def test_settings_of_pytorch_are_left_as_they_were():
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    def settings():
+        kinds = (bool, int, float, str, type(None))
+        configs = [c.shallow_copy_dict() for c in (dynamo, inductor)]
+        plain = [{n: v for n, v in c.items() if isinstance(v, kinds)} for c in configs]
+        return plain, torch.is_grad_enabled(), torch.get_num_threads()
+
+    before = settings()
+    CompiledProducts().prepare(
+        lambda leaves, others, x: (leaves["w"] * x).cos().sum(), W, {}, torch.ones(4).double()
+    )
+    assert settings() == before

@@ -121,17 +121,6 @@ class CompiledProducts:
 
     Raises:
         InvalidArgumentError: max_shapes is not a positive integer.
-
-    Examples:
-        >>> import torch
-        >>> from flatminima.compiled import CompiledProducts
-        >>> def loss(parameters, others, x):
-        ...     return (parameters["w"] * x).sin().sum()
-        >>> engine = CompiledProducts()
-        >>> w, x = torch.zeros(2), torch.ones(2)
-        >>> product = engine.prepare(loss, {"w": w}, {}, x)  # doctest: +SKIP
-        >>> product([torch.ones(2)])  # doctest: +SKIP
-        [tensor([-0., -0.])]
     """
 
     def __init__(self, *, max_shapes: int = MAX_SHAPES) -> None:
