@@ -323,7 +323,7 @@ def test_settings_of_pytorch_are_left_as_they_were():
 
     def settings():
         kinds = (bool, int, float, str, type(None))
-        configs = [c.shallow_copy_dict() for c in (dynamo, inductor)]
+        configs = [c.get_config_copy() for c in (dynamo, inductor)]
         plain = [{n: v for n, v in c.items() if isinstance(v, kinds)} for c in configs]
         return plain, torch.is_grad_enabled(), torch.get_num_threads()
 
