@@ -1,6 +1,7 @@
 """Graphs kept between products: the same numbers, counted memory, nothing left behind."""
 
 import gc
+import shutil
 import weakref
 
 import pytest
@@ -446,3 +447,73 @@ def test_operators_without_graphs_have_sessions_too():
     operator = fm.MatrixOperator(torch.eye(3))
     with operator.session(), operator.session():
         assert torch.equal(operator @ torch.ones(3), torch.ones(3))
+
+
+# --------------------------------------------------------------------------------- other methods
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@needs_a_compiler
+def test_compiled_products_are_the_same_kept_and_rebuilt():
+    model = net(nn.BatchNorm1d(7))
+    # The last batch is smaller: two shapes to compile for.
+    objective = objective_of(model, batch_size=10)
+    hessian = dense(objective)
+    operator = fm.HessianOperator(objective, method="compile")
+    assert operator.compile_seconds == 0
+    block = vectors_for(objective, 2)
+    torch.testing.assert_close(operator @ block, hessian @ block)
+    assert operator.compile_seconds == 0  # the first pass looks whether there is a derivative
+    with operator.session():
+        for seed in range(3):
+            vector = vectors_for(objective, seed=seed)
+            torch.testing.assert_close(operator @ vector, hessian @ vector)
+        spent = operator.compile_seconds
+        assert spent > 0
+        assert operator.kept_bytes > 0
+        torch.testing.assert_close(operator @ block, hessian @ block)
+        move_statistics(model)
+        torch.testing.assert_close(operator @ block, dense(objective) @ block)
+        step(model)
+        torch.testing.assert_close(operator @ block, dense(objective) @ block)
+        assert operator.compile_seconds == spent
+        blocks = [[0, 1], [3]]
+        expected = fm.HessianOperator(objective).block_product(block[:, 0], blocks)
+        found = operator.block_product(block[:, 0], blocks)
+        torch.testing.assert_close(found, expected)
+    assert operator.kept_bytes == 0
+    torch.testing.assert_close(operator @ block, dense(objective) @ block)
+    assert operator.method == "compile"
+    result = fm.lanczos(operator, k=2)
+    exact = torch.linalg.eigvalsh(dense(objective)).flip(0)[:2]
+    torch.testing.assert_close(result.eigenvalues, exact, rtol=1e-4, atol=0)
+
+
+def test_what_cannot_be_compiled_says_why():
+    operator = fm.HessianOperator(objective_of(microbatch=3), method="compile")
+    operator @ vectors_for(operator.objective)
+    with pytest.raises(fm.NotCompiledError, match="in pieces"):
+        operator @ vectors_for(operator.objective)
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        out = self.inner(x)
+        return out if out.sum() > 0 else -out
+
+
+def test_a_forward_that_looks_at_values_is_not_compiled():
+    operator = fm.HessianOperator(objective_of(Deciding()), method="compile")
+    operator @ vectors_for(operator.objective)
+    with pytest.raises(fm.NotCompiledError, match="asks for values"):
+        operator @ vectors_for(operator.objective)
+
+
+def test_cuda_graphs_need_a_cuda_device():
+    with pytest.raises(fm.DeviceError, match=r"needs the model on a CUDA device.*cpu"):
+        fm.HessianOperator(objective_of(), method="cuda_graph")

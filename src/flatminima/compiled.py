@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import pickle
 import random
 import time
 import warnings
@@ -17,29 +14,17 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer
-from .errors import FlatMinimaError
+from .errors import NotCompiledError
 from .failures import is_out_of_memory
-from .nested import tensors_in
+from .nested import structure, tensors_in
 from .product_check import by_autograd, signs
 from .product_graph import Loss, ProductGraph, trace_product
 from .randomness import preserved_random_state
 
-__all__ = ["BatchProduct", "CompiledProducts", "NotCompiledError"]
+__all__ = ["BatchProduct", "CompiledProducts"]
 
 MAX_SHAPES = 8
 """Different batches that are compiled for, unless told otherwise."""
-
-
-class NotCompiledError(FlatMinimaError, RuntimeError):
-    """A product cannot be compiled, or its compiled form does not give the product.
-
-    Attributes:
-        reason: why, as a part of a sentence.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"The product cannot be compiled: {reason}. Use another method=.")
-        self.reason = reason
 
 
 class BatchProduct:
@@ -154,7 +139,7 @@ class CompiledProducts:
                 that it is given, and return the same function of them always.
             leaves: the parameters to differentiate by, by name.
             others: other parameters and buffers by name; they are not written to.
-            data: the batch, of any structure that can be pickled.
+            data: the batch, of plain containers and objects.
             attributes: tensors that `loss` may find outside of its arguments, by name.
             setting: what else the loss depends on, such as training flags; compiled products are
                 used again only under an equal one.
@@ -275,10 +260,11 @@ class _Plan:
         return [t.detach() for t in (*given, *captured)]
 
     def prepare(self, given: Sequence[Tensor], attributes: Mapping[str, Tensor]) -> BatchProduct:
-        assert self.first is not None
+        first = self.first
+        assert first is not None
         inputs = self.inputs(given, attributes)
         with torch.no_grad():
-            loss, *kept = self.first(*inputs)
+            loss, *kept = first(*inputs)
         return BatchProduct(self, loss, [inputs[i] for i in self.graph.inputs], kept)
 
 
@@ -302,8 +288,8 @@ def _compile(graph: torch.fx.GraphModule | None, examples: Callable[[], Any]) ->
 def _no_other_randomness() -> Iterator[None]:
     """Refuse numbers drawn by Python or NumPy, which would be compiled in."""
 
-    def state() -> bytes:
-        return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
+    def state() -> tuple[Any, str]:
+        return random.getstate(), repr(np.random.get_state())  # noqa: NPY002
 
     before = state()
     yield
@@ -315,7 +301,7 @@ _READS = {
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "GuardOnDataDependentSymNode",
-    "ValueReadError",
+    "_ValueReadError",
 }
 
 
@@ -341,13 +327,6 @@ def _reason(error: Exception) -> str:
     return f"{name}: {text}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """In the place of a tensor within a batch."""
-
-    number: int
-
-
 def _key(
     leaves: Mapping[str, Tensor],
     others: Mapping[str, Tensor],
@@ -357,14 +336,10 @@ def _key(
     setting: Hashable,
 ) -> Hashable:
     """What a compiled product is valid for."""
-    slots: dict[int, Any] = {id(t): _Slot(n) for n, t in enumerate(tensors)}
     try:
-        contents = pickle.dumps(copy.deepcopy(data, slots))
-    except Exception as error:  # whatever a class unknown here makes of being copied
-        raise NotCompiledError(
-            f"a batch is told from another by pickling, which fails for a {type(data).__name__} "
-            f"({error})"
-        ) from error
+        contents = structure(data, {id(t): n for n, t in enumerate(tensors)})
+    except TypeError as error:
+        raise NotCompiledError(str(error)) from error
     named = (("leaf", leaves), ("other", others), ("attribute", attributes))
     kinds = [(kind, n, _spec(t)) for kind, group in named for n, t in group.items()]
     device = next((t.device.type for t in leaves.values()), "cpu")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from .pieces import Pieces
 from .randomness import preserved_random_state, random_state, reseed
 from .weights import split_pair
 
-__all__ = ["Evaluated", "Evaluator"]
+__all__ = ["Evaluated", "Evaluator", "LossOf", "Prepare"]
 
 R = TypeVar("R")
 
@@ -38,6 +37,15 @@ class Evaluated:
     target: Any
     tensors: dict[str, Tensor]
     """The parameters that the loss was computed with."""
+    prepared: Any = None
+    """What was made by `prepare` in place of the graph of the loss, which then has none."""
+
+
+LossOf = Callable[[dict[str, Tensor], dict[str, Tensor], Any], Tensor]
+"""(parameters, other parameters and buffers, data of a batch) → ℓ_b with its graph."""
+
+Prepare = Callable[[Batch, LossOf, dict[str, Tensor], dict[str, Tensor]], Evaluated]
+"""Evaluates a batch in another way than by running it forward, given all that this needs."""
 
 
 class Evaluator:
@@ -91,9 +99,9 @@ class Evaluator:
         check: bool,
         derivatives: Derivatives,
         kept: Mapping[int, Evaluated] | None = None,
-        value: bool = True,
+        prepare: Prepare | None = None,
     ) -> float:
-        """Σ_b w_b ℓ_b / Σ_b w_b in float64.
+        """Σ_b w_b ℓ_b / Σ_b w_b in float64; NaN when some batches are kept, as it is known then.
 
         Args:
             parameters: makes private tensors to evaluate with, by name; the model's other
@@ -104,7 +112,7 @@ class Evaluator:
             derivatives: how many `visit` takes.
             kept: batches that were evaluated before, by number: these are shown to `visit` once
                 more, with the tensors in the module that it had then, instead of run forward.
-            value: False leaves the loss on the device, where nothing waits for it, and gives NaN.
+            prepare: evaluates the other batches.
         """
         kept = kept or {}
         losses: list[Tensor] = []
@@ -132,17 +140,18 @@ class Evaluator:
                     # Not renewed for each batch unless it must be: a graph that is kept from one
                     # batch to the next is found out by the leaves that both have.
                     tensors = leaves.fresh(renew=self._writes is True)
-                    return self._forward.evaluate(own, shadows, tensors, show)
+                    if prepare is None:
+                        return self._forward.evaluate(own, shadows, tensors, show)
+                    seen = prepare(own, self._forward.loss_of(own), tensors, shadows)
+                    show(seen)
+                    return seen.loss
                 finally:
                     wrote = guard.restore() or wrote
 
             def replay(seen: Evaluated) -> None:
-                losses.append(seen.loss.detach())
-                weights.append(1.0 if self.is_sum else seen.batch.weight)
-                indices.append(seen.batch.index)
                 try:
                     shadows = others.fresh() | private.fresh()
-                    self._forward.replay(seen, shadows, visit)
+                    self._forward.replaced(lambda: visit(seen), shadows, seen.tensors)
                 finally:
                     guard.restore()
 
@@ -175,7 +184,7 @@ class Evaluator:
                 value = float(forward(piece, data, lambda seen: None))  # noqa: ARG005
                 return value, random_state() != before
 
-            with self._reading(kept) as stream:
+            with self.batches.reading() as stream:
                 for batch in stream:
                     with (
                         located(batch.index),
@@ -188,7 +197,7 @@ class Evaluator:
                         self.pieces.each(batch, evaluate)
         if watching:
             self._writes, self._moving_buffers = wrote, not all(still)
-        if not value:
+        if kept:
             return math.nan
         # One transfer for all batches: reading each loss as it comes would stall a GPU.
         values = torch.stack(losses).cpu().double().tolist()
@@ -202,15 +211,33 @@ class Evaluator:
             self.batches.total_weight
         )
 
-    @contextlib.contextmanager
-    def _reading(self, kept: Mapping[int, Evaluated]) -> Iterator[Iterator[Batch]]:
-        """The batches; where all are kept the user's data need not be read."""
-        if len(kept) < self.batches.used:
-            with self.batches.reading() as stream:
-                yield stream
-        else:
-            with preserved_random_state():
-                yield (seen.batch for seen in kept.values())
+    def replay(
+        self,
+        kept: Mapping[int, Evaluated],
+        buffers: Mapping[str, Tensor],
+        visit: Callable[[Evaluated], None],
+        *,
+        derivatives: Derivatives,
+    ) -> None:
+        """Show `visit` every batch once more, as `mean_loss` does with `kept`, reading no data."""
+        criterion = self._forward.criterion
+        first = next(iter(kept.values()))
+
+        def run() -> None:
+            for seen in kept.values():
+                with located(seen.batch.index), explained(seen.batch.index, self.batches.device):
+                    visit(seen)
+
+        with (
+            evaluating(self.model, criterion, self.mode, derivatives, copies=False) as guard,
+            preserved_random_state(),
+        ):
+            shadows = self._others(first.tensors, differentiable=derivatives > 0)
+            shadows |= {n: b.detach().clone() for n, b in buffers.items()}
+            try:
+                self._forward.replaced(run, shadows, first.tensors)
+            finally:
+                guard.restore()
 
     def _own(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.model.named_parameters() if n in names}
@@ -289,17 +316,21 @@ class _Forward(nn.Module):
             visit(seen)
             return seen.loss.detach()
 
-        return self._replaced(run, others, parameters)
+        return self.replaced(run, others, parameters)
 
-    def replay(
-        self, seen: Evaluated, others: Mapping[str, Tensor], visit: Callable[[Evaluated], None]
-    ) -> None:
-        """Show `visit` what was seen before, for checkpointing with the tensors in place."""
-        self._replaced(lambda: visit(seen), others, seen.tensors)
+    def loss_of(self, batch: Batch) -> LossOf:
+        """The loss as a function of tensors, to be traced."""
 
-    def _replaced(
+        def loss(parameters: dict[str, Tensor], others: dict[str, Tensor], data: Any) -> Tensor:
+            own = dataclasses.replace(batch, data=data)
+            return self.replaced(lambda: self._run(own, parameters).loss, others, parameters)
+
+        return loss
+
+    def replaced(
         self, run: Callable[[], R], others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> R:
+        """Run something with these tensors in the model."""
         replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
         result: R = functional_call(self, replaced, (run,))
         return result

@@ -17,12 +17,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from .nested import same_values
+from .recurrent import twice_differentiable
+from .second_derivatives import CheapSecondDerivatives
 
 __all__ = ["Derivatives", "Guard", "evaluating"]
 
@@ -83,16 +84,19 @@ def evaluating(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if derivatives == 0:
             stack.enter_context(_no_checkpoint_warning())
-        if derivatives == 2 and any(map(_has_weight_norm, modules)):
-            stack.enter_context(_PlainWeightNorm())
+        if derivatives == 2:
+            stack.enter_context(CheapSecondDerivatives())
+            if any(map(_has_weight_norm, modules)):
+                stack.enter_context(_PlainWeightNorm())
         if derivatives == 2 or any(m.training for m in modules):
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
             for module in modules:
                 if isinstance(module, nn.RNNBase):
                     # On the instance, so that no hook of the user's changes its place.
-                    vars(module)["forward"] = functools.partial(_unfused, module.forward)
-                elif derivatives == 2 and isinstance(module, _BatchNorm) and _is_affine(module):
-                    vars(module)["forward"] = functools.partial(_affine, module)
+                    unfused = functools.partial(_unfused, module.forward)
+                    vars(module)["forward"] = (
+                        twice_differentiable(module, unfused) if derivatives == 2 else unfused
+                    )
         yield Guard(bound, twins)
 
 
@@ -141,32 +145,6 @@ def _unfused(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     finally:
         for backend, flag in zip(backends, enabled, strict=True):
             backend.enabled = flag
-
-
-def _is_affine(norm: _BatchNorm) -> bool:
-    """Whether it works with its running statistics, by PyTorch's own forward."""
-    own = type(norm).forward is not _BatchNorm.forward or "forward" in vars(norm)
-    still = norm.running_mean is not None and norm.running_var is not None
-    return still and not own and not norm.training
-
-
-def _affine(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Batch norm with running statistics as the affine function of its input that it is.
-
-    PyTorch's second derivative of it goes through the general formula, six times as long.
-    """
-    norm._check_input_dim(x)  # type: ignore[no-untyped-call]
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    scale = torch.rsqrt(variance + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
 def _has_weight_norm(module: nn.Module) -> bool:

@@ -5,24 +5,73 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .batches import available_bytes
+from .captured import CapturedGraph, Recorder
+from .compiled import BatchProduct
 from .evaluation import Evaluated
 from .nested import tensors_in
 from .objective import Objective
-from .products import GradientGraph
+from .products import Block, GradientGraph, Pieces
+from .vectors import Layout
 
-__all__ = ["KeepGraph", "KeptGraphs"]
+__all__ = ["CompiledGraph", "Graph", "KeepGraph", "KeptGraphs"]
 
 KeepGraph = bool | Literal["auto"]
 
 SHARE = 4
 """With "auto" the graphs may take this fraction of the memory that is free."""
+
+
+class CompiledGraph:
+    """A compiled product in the place of a gradient's graph.
+
+    Attributes:
+        nbytes: as of the product.
+    """
+
+    def __init__(self, product: BatchProduct, layout: Layout) -> None:
+        """Of a product that was prepared, by leaves that lie as `layout` says."""
+        self._product, self._layout = product, layout
+        self.nbytes = product.nbytes
+
+    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> Pieces:
+        """As `GradientGraph.products`."""
+        unflatten = self._layout.unflatten
+        found = [
+            piece
+            for vector in vectors
+            # Compiled for memory without gaps.
+            for piece in self._product(unflatten(vector.contiguous()))
+        ]
+        if not keep:
+            self._product.release()
+        return found
+
+    def block_product(
+        self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = False
+    ) -> Pieces:
+        """As `GradientGraph.block_product`, by a whole product for each block."""
+        pieces = self._layout.unflatten(vector.contiguous())
+        out: list[Tensor | None] = [None] * len(pieces)
+        for block in blocks:
+            inside = set(block)
+            found = self._product(
+                [p if i in inside else torch.zeros_like(p) for i, p in enumerate(pieces)]
+            )
+            for index in block:
+                out[index] = found[index]
+        if not keep:
+            self._product.release()
+        return out
+
+
+Graph = GradientGraph | CapturedGraph | CompiledGraph
 
 
 class KeptGraphs:
@@ -36,14 +85,18 @@ class KeptGraphs:
         objective: whose batches they are.
         keep: "auto" for a quarter of the memory that is free when the session begins, True for
             as much as it takes, False for nothing.
+        method: of the operator: with "cuda_graph" the products on what is kept are captured; with
+            "compile" the memory is that of the compiled products, which save no tensors.
     """
 
-    def __init__(self, objective: Objective, keep: KeepGraph) -> None:
+    def __init__(self, objective: Objective, keep: KeepGraph, *, method: str) -> None:
         self._objective, self._keep = objective, keep
+        self._captured, self._compiled = method == "cuda_graph", method == "compile"
+        self._recorder: Recorder | None = None
         self._sessions = 0
         self._budget = 0.0
         self._recording = False
-        self._graphs: dict[int, GradientGraph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._state: _State | None = None
         # Sizes of the memory held, by address: that of the kept batches, and of the present one.
         self._held: dict[int, int] = {}
@@ -66,21 +119,21 @@ class KeptGraphs:
                 self.give_up()
 
     @property
+    def keeps(self) -> bool:
+        """Whether there is a session that may keep something."""
+        return self._budget > 0
+
+    @property
     def bytes(self) -> int:
         """Memory of the tensors saved for the graphs, beside the model's and the data's own."""
         return sum(self._held.values())
-
-    @property
-    def complete(self) -> bool:
-        """Whether every batch is kept."""
-        return len(self.seen) == self._objective.batches.used
 
     def give_up(self) -> None:
         """Let everything go, and keep nothing more in this session."""
         self._clear()
         self._budget = 0.0
 
-    def graph(self, seen: Evaluated) -> GradientGraph | None:
+    def graph(self, seen: Evaluated) -> Graph | None:
         """The graph of a batch that is kept."""
         return self._graphs[seen.batch.index] if seen is self.seen.get(seen.batch.index) else None
 
@@ -98,8 +151,15 @@ class KeptGraphs:
             return
         self._state = _State(self._objective)
         self._recording = True
+        if self._captured:
+            self._recorder = Recorder(self._objective.device)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            with contextlib.ExitStack() as stack:
+                if self._recorder is not None:
+                    stack.enter_context(self._recorder)
+                if not self._compiled:
+                    hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+                    stack.enter_context(hooks)
                 yield
         except BaseException:
             self._clear()
@@ -108,11 +168,13 @@ class KeptGraphs:
             self._recording = False
             self._packed.clear()
 
-    def offer(self, seen: Evaluated, graph: GradientGraph) -> bool:
+    def offer(self, seen: Evaluated, graph: Graph) -> bool:
         """Keep the batch that was evaluated last, if its graph fits; whether it does."""
         if not self._recording:
             return False
         packed, self._packed = self._packed, {}
+        if isinstance(graph, CompiledGraph):
+            packed = {id(graph): graph.nbytes}
         batch = seen.batch
         cached = self._objective.batches.cached
         own = [*seen.tensors.values(), *(tensors_in(batch.data) if cached else ())]
@@ -125,10 +187,16 @@ class KeptGraphs:
             batch = dataclasses.replace(batch, data=None)
         index = batch.index
         self.seen[index] = dataclasses.replace(seen, batch=batch, output=None, target=None)
+        if self._recorder is not None and isinstance(graph, GradientGraph):
+            graph = CapturedGraph(graph, self._recorder, index)
         self._graphs[index] = graph
         return True
 
     def _clear(self) -> None:
+        if self._recorder is not None:
+            # What is freed here may be in use by kernels that are still to run.
+            torch.cuda.synchronize(self._objective.device)
+            self._recorder = None
         self._graphs.clear()
         self.seen.clear()
         self._held.clear()

@@ -18,7 +18,7 @@ from .errors import (
     NonFiniteError,
     StateMismatchError,
 )
-from .evaluation import Evaluated, Evaluator
+from .evaluation import Evaluated, Evaluator, Prepare
 from .gradients import accumulated, checkpoints_reentrantly
 from .guards import Derivatives
 from .metrics import Metric, label_count, metric_value
@@ -262,9 +262,8 @@ class Objective:
                 return accumulated(seen.loss, leaves, own)
             return torch.autograd.grad(seen.loss, leaves, allow_unused=True)
 
-        value, gradient = self.sum_over_batches(part, shift, check=displacement is None)
+        value, (gradient,) = self.sum_over_batches(part, shift, check=displacement is None)
         self._accumulates = accumulates
-        gradient = gradient[0]
         if displacement is None and not all_finite(gradient):
             slices = self.layout.slices()
             name = next(n for n, place in slices if not torch.isfinite(gradient[place]).all())
@@ -325,7 +324,7 @@ class Objective:
         derivatives: Derivatives = 1,
         rows: int = 1,
         kept: Mapping[int, Evaluated] | None = None,
-        wants_value: bool = True,
+        prepare: Prepare | None = None,
     ) -> tuple[float, Tensor]:
         """The one place where batches are added up.
 
@@ -338,12 +337,12 @@ class Objective:
             check: raise for a loss that is not finite, naming the batch.
             derivatives: how many `part` takes; for 2, kernels are chosen that have as many.
             rows: how many vectors `part` gives.
-            kept: batches evaluated at the same point before, by number, shown to `part` again.
-            wants_value: False spares the device a wait for the loss, which is then NaN.
+            kept: batches evaluated at the same point before, shown to `part` again.
+            prepare: evaluates the others.
 
         Returns:
-            L(θ + δ), added up in float64, and Σ_b w_b part_b / Σ_b w_b, shape (rows, n); of no
-            rows without `part`.
+            L(θ + δ), added up in float64 (NaN with batches in `kept`), and
+            Σ_b w_b part_b / Σ_b w_b, shape (rows, n), or (0, n) without `part`.
         """
         total = torch.zeros(0, self.size, dtype=self.dtype, device=self.device)
 
@@ -351,11 +350,10 @@ class Objective:
             nonlocal total
             if part is None:
                 return
-            if not seen.loss.requires_grad:
+            if seen.prepared is None and not seen.loss.requires_grad:
                 raise LossNotScalarError(
                     f"The loss of batch {seen.batch.index} does not depend on the selected "
-                    "parameters: they are unused, or the graph is cut by detach(), no_grad() or "
-                    ".data."
+                    "parameters: unused, or the graph is cut by detach(), no_grad() or .data."
                 )
             added = part(seen, [seen.tensors[name] for name in self.layout.names])
             if len(total) == 0:
@@ -363,15 +361,19 @@ class Objective:
             # Weighted only now: a half-precision loss times a large weight is inf.
             self.layout.add(total, added, 1.0 if self._is_sum else seen.batch.weight)
 
-        value = self._evaluator.mean_loss(
-            lambda: self._leaves(displacement, differentiable=part is not None),
-            dict(self.model.named_buffers()),
-            add,
-            check=check,
-            derivatives=0 if part is None else derivatives,
-            kept=kept,
-            value=wants_value,
-        )
+        value, buffers = math.nan, dict(self.model.named_buffers())
+        if kept and len(kept) == self.batches.used:
+            self._evaluator.replay(kept, buffers, add, derivatives=derivatives)
+        else:
+            value = self._evaluator.mean_loss(
+                lambda: self._leaves(displacement, differentiable=part is not None),
+                buffers,
+                add,
+                check=check,
+                derivatives=0 if part is None else derivatives,
+                kept=kept,
+                prepare=prepare,
+            )
         return value, total.div_(self.batches.total_weight)
 
     def _checked(self, displacement: object, call: str) -> Tensor:

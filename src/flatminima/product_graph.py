@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Loss", "ProductGraph", "ValueReadError", "second_order", "trace_product"]
+__all__ = ["Loss", "ProductGraph", "second_order", "trace_product"]
 
 Loss = Callable[[dict[str, Tensor], dict[str, Tensor], Any], Tensor]
 """(parameters, other tensors by name, batch) → ℓ_b with its graph, by replaced tensors."""
 
 
-class ValueReadError(Exception):
+class _ValueReadError(Exception):
     """An operation whose result is a number, or has a shape, that depends on values."""
 
 
@@ -63,7 +63,7 @@ def trace_product(
         tensors: all those within `data`, which take the place of the inputs after `others`.
 
     Raises:
-        ValueReadError: a number or a shape depends on the values of tensors.
+        _ValueReadError: a number or a shape depends on the values of tensors.
         Exception: whatever PyTorch makes of operations that cannot be traced.
     """
     # Not above: it takes half a second, which only who compiles should wait for.
@@ -110,7 +110,7 @@ def _check_values(graph: fx.Graph) -> None:
         value = node.meta.get("val")
         parts = value.shape if isinstance(value, Tensor) else (value,)
         if any(isinstance(p, (torch.SymInt, torch.SymFloat, torch.SymBool)) for p in parts):
-            raise ValueReadError(str(node.target))
+            raise _ValueReadError(str(node.target))
 
 
 def second_order(

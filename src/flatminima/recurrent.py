@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .second_derivatives import in_transform
+
 __all__ = ["twice_differentiable"]
 
 
@@ -51,7 +53,12 @@ def _arguments(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
 
 
 def _is_treated(module: nn.RNNBase, x: Any, hx: Any) -> bool:
-    if type(module) is not nn.LSTM or module.proj_size or not isinstance(x, Tensor):
+    if (
+        in_transform()
+        or type(module) is not nn.LSTM
+        or module.proj_size
+        or not isinstance(x, Tensor)
+    ):
         return False
     if (module.dropout and module.training) or torch.is_autocast_enabled(x.device.type):
         return False

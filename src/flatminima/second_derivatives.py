@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CheapSecondDerivatives"]
+__all__ = ["CheapSecondDerivatives", "in_transform"]
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
@@ -63,10 +63,20 @@ def _fixed_batch_norm(
     return out if bias is None else out + bias.view(shape)
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way.
+
+    Neither goes through an `autograd.Function` that has no rule for it.
+    """
+    level: int = torch.autograd.forward_ad._current_level
+    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
+
+
 def _are_plain(tensors: list[Any]) -> bool:
     """Dense tensors of one type and device, without autocast that would change the type."""
     return (
-        all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
+        not in_transform()
+        and all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
         and len({(t.dtype, t.device) for t in tensors}) == 1
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )

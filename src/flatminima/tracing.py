@@ -170,7 +170,8 @@ def _tensors(data: Any) -> Iterator[Tensor]:
 
 def _is_torchs_own(function: type) -> bool:
     """Whether PyTorch answers for the derivatives; custom operators are registered in its name."""
-    return function.__module__.startswith("torch.") and "_library" not in function.__module__
+    module = function.__module__
+    return module.startswith(("torch.", f"{__package__}.")) and "_library" not in module
 
 
 def _readable(function: type) -> str:

@@ -10,16 +10,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..batches import Batch
 from ..checks import check_choice
+from ..compiled import CompiledProducts
 from ..errors import (
+    DeviceError,
     FiniteDifferenceWarning,
     InvalidArgumentError,
     NonFiniteError,
+    NotCompiledError,
     NotTwiceDifferentiableError,
     warn,
 )
-from ..evaluation import Evaluated
-from ..kept import KeepGraph, KeptGraphs
+from ..evaluation import Evaluated, LossOf, Prepare
+from ..kept import CompiledGraph, Graph, KeepGraph, KeptGraphs
 from ..objective import Objective, check_objective
 from ..products import Block, GradientGraph, Pieces, central_differences, where
 from ..randomness import as_generator, rademacher
@@ -28,10 +32,11 @@ from .linear import LinearOperator
 
 __all__ = ["HessianOperator"]
 
-Part = Callable[[GradientGraph, bool], Pieces]
+Part = Callable[[Graph, bool], Pieces]
 """What a batch adds, made from its graph, and whether the graph is to serve again."""
 
-METHODS = ("auto", "double_backward", "finite_differences")
+Method = Literal["auto", "double_backward", "finite_differences", "compile", "cuda_graph"]
+METHODS = ("auto", "double_backward", "finite_differences", "compile", "cuda_graph")
 
 
 class HessianOperator(LinearOperator):
@@ -49,14 +54,18 @@ class HessianOperator(LinearOperator):
     Args:
         objective: what is differentiated twice, at the model's present parameters.
         method: "auto": exact where possible; "double_backward" insists on it;
-            "finite_differences" asks for differences.
+            "finite_differences" asks for differences; "compile" has PyTorch's Inductor compile
+            the product, once for each shape of batch (which takes a C++ compiler, or Triton on a
+            GPU, and up to minutes), and check it; "cuda_graph" captures the products on kept
+            graphs, which spares small models on a GPU the launching of kernels.
         keep_graph: what a session may keep: "auto" for graphs of as many batches as fit into a
             quarter of the memory that is free at its beginning, True for all, False for none.
             Models that write to their tensors, and batches in pieces, have theirs rebuilt.
 
     Attributes:
         objective: as given.
-        method: the one in use, "double_backward" or "finite_differences".
+        method: the one in use: as given, or for "auto" either "double_backward" or
+            "finite_differences".
         error: the largest error of a product with a unit vector that has been estimated so far;
             0 where products are exact.
         floor: 100 units of precision of the loss, from the first product on.
@@ -66,7 +75,10 @@ class HessianOperator(LinearOperator):
     Raises:
         NonFiniteError: from a product, when the loss of a batch is not finite.
         NotTwiceDifferentiableError: from a product, when an operation has no second derivative
-            and `method="double_backward"`.
+            and `method` is none of "auto" and "finite_differences".
+        NotCompiledError: from a product with "compile": the product cannot be compiled.
+        DeviceError: "cuda_graph" for a model that is not on a CUDA device.
+        GraphError: from a product with "cuda_graph": it cannot be captured.
 
     Warns:
         FiniteDifferenceWarning: from the first product, when "auto" falls back to differences;
@@ -85,7 +97,7 @@ class HessianOperator(LinearOperator):
         self,
         objective: Objective,
         *,
-        method: Literal["auto", "double_backward", "finite_differences"] = "auto",
+        method: Method = "auto",
         keep_graph: KeepGraph = "auto",
     ) -> None:
         check_objective("HessianOperator", objective)
@@ -97,9 +109,20 @@ class HessianOperator(LinearOperator):
                 "The 'keep_graph' argument of HessianOperator must be True, False or 'auto'; got "
                 f"{keep_graph!r}."
             )
-        self._kept = KeptGraphs(objective, keep_graph)
-        self._insists = method == "double_backward"
-        self.method = "finite_differences" if method == "finite_differences" else "double_backward"
+        if method == "cuda_graph" and objective.device.type != "cuda":
+            raise DeviceError(
+                "HessianOperator(method='cuda_graph') needs the model on a CUDA device; it is on "
+                f"{objective.device}. Use method='auto'."
+            )
+        if method == "cuda_graph" and keep_graph is False:
+            raise InvalidArgumentError(
+                "HessianOperator(method='cuda_graph') captures products on kept graphs; leave "
+                "keep_graph=False out."
+            )
+        self._kept = KeptGraphs(objective, keep_graph, method=method)
+        self._compiled = CompiledProducts()
+        self._insists = method not in ("auto", "finite_differences")
+        self.method = "double_backward" if method == "auto" else method
         self.reason = ""
         # Whether a pass has shown that every operation has a second derivative.
         self._examined = False
@@ -126,12 +149,17 @@ class HessianOperator(LinearOperator):
             yield
 
     @property
+    def compile_seconds(self) -> float:
+        """Time that `method="compile"` has spent on tracing, compiling and checking so far."""
+        return self._compiled.compile_seconds
+
+    @property
     def kept_bytes(self) -> int:
         """Memory that kept graphs take at present: of the tensors saved for them."""
         return self._kept.bytes
 
     def _products(self, vectors: Tensor) -> Tensor:
-        def part(graph: GradientGraph, keep: bool) -> Pieces:
+        def part(graph: Graph, keep: bool) -> Pieces:
             return graph.products(list(vectors), keep=keep)
 
         def differences() -> Tensor:
@@ -148,7 +176,7 @@ class HessianOperator(LinearOperator):
         """
         layout = self.objective.layout
 
-        def part(graph: GradientGraph, keep: bool) -> Pieces:
+        def part(graph: Graph, keep: bool) -> Pieces:
             return graph.block_product(vector, blocks, keep=keep)
 
         def differences() -> Tensor:
@@ -162,7 +190,7 @@ class HessianOperator(LinearOperator):
 
     def _exact_or(self, part: Part, differences: Callable[[], Tensor], *, rows: int) -> Tensor:
         """The exact products where there are any, by `part`, shape (rows, n)."""
-        if self.method == "double_backward":
+        if self.method != "finite_differences":
             try:
                 if self._examined:
                     return self._exact(part, rows)
@@ -200,19 +228,53 @@ class HessianOperator(LinearOperator):
             if graph is not None:
                 return part(graph, True)
             try:
-                graph = GradientGraph(seen.loss, leaves, layout, trace)
+                graph = seen.prepared or GradientGraph(seen.loss, leaves, layout, trace)
                 return part(graph, kept.offer(seen, graph))
             finally:
                 if trace is not None:
                     trace.forget()
 
         loss, product = self.objective.sum_over_batches(
-            add, derivatives=2, rows=rows, kept=kept.seen, wants_value=not kept.complete
+            add, derivatives=2, rows=rows, kept=kept.seen, prepare=self._preparation()
         )
-        if not kept.complete:
+        if not math.isnan(loss):
             # What cancels exactly on paper, such as a bias before batch norm, leaves this much.
             self.floor = 100 * torch.finfo(self.dtype).eps * abs(loss)
         return product
+
+    def _preparation(self) -> Prepare | None:
+        """What compiles the product of a batch; None where that is not asked for, or not yet."""
+        objective = self.objective
+        if self.method != "compile" or not self._examined:
+            return None
+        if not objective.keeps_graphs:
+            raise NotCompiledError(
+                "batches are evaluated in pieces, or the model writes to its tensors"
+            )
+        tensors, setting = {}, []
+        for name, module in objective.model.named_modules():
+            for key, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}.{key}"] = value
+                elif isinstance(value, bool | int | float | str):
+                    setting.append((name, key, value))
+
+        def prepare(
+            batch: Batch, loss: LossOf, leaves: dict[str, Tensor], others: dict[str, Tensor]
+        ) -> Evaluated:
+            product = self._compiled.prepare(
+                loss,
+                leaves,
+                others,
+                batch.data,
+                attributes=tensors,
+                setting=(objective.mode, *setting),
+                keep=self._kept.keeps,
+            )
+            graph = CompiledGraph(product, objective.layout)
+            return Evaluated(batch, product.loss, None, None, leaves, graph)
+
+        return prepare
 
     def _difference(self, vector: Tensor) -> Tensor:
         objective = self.objective
