@@ -90,6 +90,25 @@ def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:
     return tol
 
 
+BASIS_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_basis_type(call: str, dtype: torch.dtype, wide: torch.dtype, tol: float) -> None:
+    """Refuse a type for the basis that is wider than the products', or too narrow for `tol`."""
+    if dtype not in BASIS_TYPES or torch.finfo(dtype).eps < torch.finfo(wide).eps:
+        raise InvalidArgumentError(
+            f"The 'basis_dtype' argument of {call} must be a floating type no wider than that of "
+            f"the products, {wide}: torch.bfloat16, torch.float16 or torch.float32; got {dtype!r}."
+        )
+    least = float(torch.finfo(dtype).eps)
+    if dtype != wide and tol < least:
+        raise InvalidArgumentError(
+            f"The 'tol' argument of {call} must be at least {least:.1e} with a basis in {dtype}; "
+            f"got {tol!r}. A vector rounded to that type has larger residuals; use "
+            "basis_device='cpu' to save memory on a GPU without rounding."
+        )
+
+
 def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> EigenResult:
     """`result`, after warning (or raising, when `strict`) if residuals are above `bound`."""
     if result.converged:
