@@ -340,7 +340,7 @@ def test_strict_says_nothing_when_it_converges():
     assert fm.lanczos(operator, k=2, strict=True).converged
 
 
-@pytest.mark.parametrize("limit", [4, 5, 6])
+@pytest.mark.parametrize("limit", [3, 4, 5])
 def test_a_limit_that_ends_the_search_for_missed_pairs_is_not_called_converged(limit):
     # The chain from the first start holds one direction of the double eigenvalue, so its two
     # best pairs, 5 and 3, converge; only the search afterwards can find the second 5.
@@ -442,20 +442,20 @@ def test_product_that_changes_between_calls_is_found_out():
 
 def loose_clusters() -> torch.Tensor:
     """Clusters as wide as the tolerance: locked pairs have to be looked at again here."""
-    generator = torch.Generator().manual_seed(58)
+    generator = torch.Generator().manual_seed(294)
     n = int(torch.randint(5, 60, (1,), generator=generator))
     values = torch.randn(int(torch.randint(2, 8, (1,), generator=generator)), generator=generator)
     centres = values[torch.randint(len(values), (n,), generator=generator)].double()
     noise = 1e-2 * torch.randn(n, generator=generator).double()
-    return matrix_with_spectrum(centres + noise, 58, torch.float64)
+    return matrix_with_spectrum(centres + noise, 294, torch.float64)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("product", [1, 2, 5, 30, 58, 60, 61, 67])
+@pytest.mark.parametrize("product", [1, 2, 5, 30, 38, 45, 62, 64, 69, 72, 74])
 def test_product_that_is_not_finite_raises_and_says_which(product, bad):
     matrix = loose_clusters()
     operator, calls = counting(matrix)
-    assert fm.lanczos(operator, k=9, tol=1e-2).products >= 67
+    assert fm.lanczos(operator, k=9, tol=1e-2).products >= 74
     calls[0] = 0
 
     def broken(vector: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ class LanczosSteps:
         """Largest |Ritz value| so far, a lower bound of ‖A‖."""
         # Most steps of a search for what the held pairs have missed: more of them the more
         # exact the answer is meant to be.
-        self.probe_steps = max(6, math.ceil(-2 * math.log10(tol)))
+        self.probe_steps = max(10, math.ceil(-2 * math.log10(tol)))
 
     def run(self) -> Steps[EigenResult]:
         """The whole iteration."""

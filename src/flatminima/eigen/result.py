@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_positive
+from ..checks import check_choice, check_integer, check_positive
 from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError, warn
 from ..results import Outcome, Result, Table, format_number
 
@@ -58,6 +59,35 @@ class EigenResult(Result):
     def without_vectors(self) -> EigenResult:
         """The same result without its eigenvectors, for keeping or writing to a file."""
         return dataclasses.replace(self, eigenvectors=None)
+
+    def part(self, which: Literal["LA", "SA"], count: int) -> EigenResult:
+        """The `count` largest ("LA") or smallest ("SA") of the pairs, best first.
+
+        The outcome and the number of products remain those of the whole.
+
+        Raises:
+            InvalidArgumentError: more pairs than there are.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([4.0, -7.0, 1.0, 2.0])))
+            >>> both = fm.lanczos(operator, k=(2, 1), which="BE", tol=1e-5)
+            >>> [round(value) for value in both.part("LA", 2).eigenvalues.tolist()]
+            [4, 2]
+            >>> [round(value) for value in both.part("SA", 1).eigenvalues.tolist()]
+            [-7]
+        """
+        check_choice("EigenResult.part", "which", which, ("LA", "SA"))
+        check_integer("EigenResult.part", "count", count, low=1, high=len(self.eigenvalues))
+        order = self.eigenvalues.argsort(descending=which == "LA", stable=True)[:count]
+        vectors = self.eigenvectors
+        return dataclasses.replace(
+            self,
+            eigenvalues=self.eigenvalues[order],
+            eigenvectors=None if vectors is None else vectors[:, order.to(vectors.device)],
+            residuals=self.residuals[order],
+            which=which,
+        )
 
     def _table(self) -> Table:
         rows = tuple(
