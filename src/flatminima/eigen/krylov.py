@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +13,12 @@ from ..operators.linear import LinearOperator
 from ..randomness import Seed, as_generator
 from ..results import Outcome
 from .basis import Basis
-from .chain import Chain, Floats, Ritz, eigh, select, sum_bound, turned
+from .chain import Chain, Floats, Ritz, Steps, eigh, select, sum_bound, turned
 from .result import ROUNDING, EigenResult
+from .warm import combined, take_over
 
 __all__ = ["LanczosSteps", "Steps"]
 
-R = TypeVar("R")
 
 CHANCE = 0.01
 """The search for what was missed ends when the chance that it missed something is below this."""
@@ -31,10 +29,6 @@ eigenvalue changes the answer by less than this, and is hard to tell from what w
 
 RANDOM_SHARE = 0.1
 """Length of the random part of a start vector that is given, relative to the rest."""
-
-
-Steps = Generator[Tensor, Tensor, R]
-"""Yields a vector to be multiplied, is sent the product, and returns R."""
 
 
 class LanczosSteps:
@@ -55,7 +49,7 @@ class LanczosSteps:
         limit: on products.
         rows: vectors that are kept.
         seed: of the random start vectors.
-        initial: (n,) where to look first, or None.
+        initial: (n, m), its columns where to look first, or None.
         device: of the basis.
         dtype: of the basis.
     """
@@ -102,9 +96,9 @@ class LanczosSteps:
 
     def run(self) -> Steps[EigenResult]:
         """The whole iteration."""
-        start, share = self._first_start()
-        tie, probing, certain, checked = None, False, False, not self.basis.narrow
-        chain = Chain(len(self.basis), 0, share)
+        probing, certain, checked = False, False, not self.basis.narrow
+        start, tie, share = yield from self._first_start()
+        chain = Chain(len(self.basis), len(self.values), share)
         while True:
             before = self.values[: self.k]
             ritz, ended, moved = yield from self._chain(start, tie, chain, probing)
@@ -160,19 +154,28 @@ class LanczosSteps:
 
     # ---------------------------------------------------------------------------------- starts
 
-    def _first_start(self) -> tuple[Tensor, float]:
-        """The start, and the logarithm of the random part's share in it.
-
-        A random part is always there: that nothing was missed rests on it.
-        """
+    def _first_start(self) -> Steps[tuple[Tensor, Floats | None, float]]:
+        """Start, s, and the logarithm of the random part's share in the start."""
+        given, self.initial = self.initial, None
+        if given is not None and self.products + given.shape[1] < self.limit:
+            held = yield from take_over(self.basis, given, self._step, self.tol)
+            if held is not None:
+                order = select(held.values, self.which, len(held.values), top=self.ends[0])
+                self.values, self.gram = held.values[order], held.gram[np.ix_(order, order)]
+                self.largest = float(np.abs(self.values).max())
+                squares = np.diag(held.gram) + held.tie**2
+                self.residuals = np.sqrt(np.maximum(squares, 0))[order]
+                self.basis.rotate(np.eye(len(order))[:, order], len(order))
+                return held.start, held.tie[order], 0.0
         drawn = self._random_start()
         assert drawn is not None, "nothing is held yet"
-        if self.initial is None:
-            return drawn, 0.0
-        start = self.initial.to(drawn) + RANDOM_SHARE * drawn
-        self.initial = None
+        direction = None if given is None else combined(given)
+        if direction is None:
+            return drawn, None, 0.0
+        # A random part is always there: that nothing was missed rests on it.
+        start = direction.to(drawn) + RANDOM_SHARE * drawn
         norm = float(torch.linalg.vector_norm(start))
-        return start / norm, math.log(RANDOM_SHARE / norm)
+        return start / norm, None, math.log(RANDOM_SHARE / norm)
 
     def _residual_start(self) -> Steps[tuple[Tensor, Floats] | None]:
         """The residual of a wanted pair whose bound is above the tolerance; None without one."""
@@ -228,7 +231,6 @@ class LanczosSteps:
         searching, moved, steps, idle = probing or chain.single, False, 0, 0
         while True:
             held = len(self.values)
-            self.products += 1
             numbers, remainder = self._step(
                 held + chain.size + 1, (yield self.basis.put(held + chain.size, vector))
             )
@@ -268,6 +270,7 @@ class LanczosSteps:
 
     def _step(self, count: int, product: Tensor) -> tuple[Floats, Tensor]:
         """The product's heights over the first rows, its remainder's norm, and the remainder."""
+        self.products += 1
         remainder = product.to(self.basis.device)
         heights = self.basis.heights(count, remainder)
         remainder = self.basis.without(heights, remainder)

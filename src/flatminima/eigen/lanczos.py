@@ -13,7 +13,8 @@ from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed
 from ..vectors import check_vector
-from .krylov import LanczosSteps, Steps
+from .chain import Steps
+from .krylov import LanczosSteps
 from .result import EigenResult, check_basis_type, check_tolerance, finish
 
 __all__ = ["LanczosSteps", "Steps", "lanczos"]
@@ -125,7 +126,7 @@ def lanczos(
         limit,
         rows,
         seed,
-        initial=None if initial is None else _direction(initial, operator),
+        initial=None if initial is None else _start_vectors(initial, operator),
         device=None if basis_device is None else check_device(call, basis_device),
         dtype=basis_dtype,
     )
@@ -157,8 +158,8 @@ def _check_count(k: object, which: str, n: int) -> int | tuple[int, int]:
     return largest, smallest
 
 
-def _direction(initial: object, operator: LinearOperator) -> Tensor:
-    """A unit vector (n,) with a part along each of the vectors given; zero where they cancel."""
+def _start_vectors(initial: object, operator: LinearOperator) -> Tensor:
+    """The vectors given as the columns of (n, m)."""
     if isinstance(initial, EigenResult):
         if initial.eigenvectors is None:
             raise InvalidArgumentError(
@@ -179,14 +180,9 @@ def _direction(initial: object, operator: LinearOperator) -> Tensor:
         device=operator.device,
         columns=initial.dim() != 1,
     ).reshape(operator.shape[0], -1)
-    # The largest entry first: squares of small numbers vanish.
-    lengths = vectors.abs().amax(dim=0)
-    lengths = lengths * torch.linalg.vector_norm(vectors / lengths, dim=0)
-    if vectors.shape[1] == 0 or not bool((lengths > 0).all()):
+    if vectors.shape[1] == 0 or not bool((vectors != 0).any(dim=0).all()):
         raise InvalidArgumentError(
             "The 'initial' argument of lanczos holds a vector of zeros, or none at all; leave it "
             "out where nothing is known."
         )
-    direction = (vectors / lengths).sum(dim=1)
-    norm = torch.linalg.vector_norm(direction)
-    return direction / norm if bool(norm > 1e-3) else torch.zeros_like(direction)
+    return vectors
