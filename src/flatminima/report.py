@@ -143,7 +143,7 @@ class SharpnessReport(Result):
             cost = f"{self.largest.products} products"
             lines += _eigen_lines(self.largest, "λ{} largest eigenvalue", cost)
         if self.smallest is not None:
-            lines += _eigen_lines(self.smallest, "λₙ smallest eigenvalue", "the same products")
+            lines += _eigen_lines(self.smallest, "λₙ smallest eigenvalue", "the same")
         if self.trace is not None:
             found = self.trace
             lines.append(
