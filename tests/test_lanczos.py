@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import flatminima as fm
-from flatminima.eigen.lanczos import LanczosSteps, select
+from flatminima.eigen.chain import select
+from flatminima.eigen.lanczos import LanczosSteps
 from zoo import matrix_with_spectrum
 
 N = 80
@@ -251,8 +252,8 @@ def test_memory_never_holds_more_vectors_than_the_basis_size(basis_size, monkeyp
     solvers = []
     original = LanczosSteps.__init__
 
-    def remember(self, *arguments):
-        original(self, *arguments)
+    def remember(self, *arguments, **options):
+        original(self, *arguments, **options)
         solvers.append(self)
 
     monkeypatch.setattr(LanczosSteps, "__init__", remember)
@@ -261,8 +262,9 @@ def test_memory_never_holds_more_vectors_than_the_basis_size(basis_size, monkeyp
     result = fm.lanczos(operator, k=3, tol=1e-6, basis_size=basis_size, max_products=10_000)
     assert result.converged
     (solver,) = solvers
-    assert solver.basis.shape == (basis_size, N)
-    held = [v for v in vars(solver).values() if isinstance(v, torch.Tensor)]
+    assert solver.basis.rows.shape == (basis_size, N)
+    everything = [*vars(solver).values(), *vars(solver.basis).values()]
+    held = [v for v in everything if isinstance(v, torch.Tensor)]
     assert sum(t.numel() for t in held) == basis_size * N
 
 
@@ -271,9 +273,9 @@ def test_default_basis_is_twice_k_plus_ten_and_at_most_n(k, rows, monkeypatch):
     seen = []
     original = LanczosSteps.__init__
 
-    def remember(self, operator, size, k, which, tol, limit, rows, seed):
+    def remember(self, operator, size, k, which, tol, limit, rows, seed, **options):
         seen.append(rows)
-        original(self, operator, size, k, which, tol, limit, rows, seed)
+        original(self, operator, size, k, which, tol, limit, rows, seed, **options)
 
     monkeypatch.setattr(LanczosSteps, "__init__", remember)
     fm.lanczos(fm.MatrixOperator(matrix_with_spectrum(SPECTRA["spread"], 7, torch.float64)), k=k)
@@ -338,7 +340,7 @@ def test_strict_says_nothing_when_it_converges():
     assert fm.lanczos(operator, k=2, strict=True).converged
 
 
-@pytest.mark.parametrize("limit", [4, 5, 6])
+@pytest.mark.parametrize("limit", [3, 4, 5])
 def test_a_limit_that_ends_the_search_for_missed_pairs_is_not_called_converged(limit):
     # The chain from the first start holds one direction of the double eigenvalue, so its two
     # best pairs, 5 and 3, converge; only the search afterwards can find the second 5.
@@ -440,20 +442,20 @@ def test_product_that_changes_between_calls_is_found_out():
 
 def loose_clusters() -> torch.Tensor:
     """Clusters as wide as the tolerance: locked pairs have to be looked at again here."""
-    generator = torch.Generator().manual_seed(58)
+    generator = torch.Generator().manual_seed(294)
     n = int(torch.randint(5, 60, (1,), generator=generator))
     values = torch.randn(int(torch.randint(2, 8, (1,), generator=generator)), generator=generator)
     centres = values[torch.randint(len(values), (n,), generator=generator)].double()
     noise = 1e-2 * torch.randn(n, generator=generator).double()
-    return matrix_with_spectrum(centres + noise, 58, torch.float64)
+    return matrix_with_spectrum(centres + noise, 294, torch.float64)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("product", [1, 2, 5, 30, 58, 60, 61, 67])
+@pytest.mark.parametrize("product", [1, 2, 5, 30, 38, 45, 62, 64, 69, 72, 74])
 def test_product_that_is_not_finite_raises_and_says_which(product, bad):
     matrix = loose_clusters()
     operator, calls = counting(matrix)
-    assert fm.lanczos(operator, k=9, tol=1e-2).products >= 67
+    assert fm.lanczos(operator, k=9, tol=1e-2).products >= 74
     calls[0] = 0
 
     def broken(vector: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ class SharpnessReport(Result):
         epsilon_sharpness: one result for each ε and space.
         random_sharpness: per-tensor random perturbations.
         largest: the largest eigenvalues of the Hessian, without their vectors.
-        smallest: the smallest (most negative) eigenvalue, likewise.
+        smallest: the smallest (most negative) eigenvalue, likewise; from the same products.
         trace: of the Hessian.
         notes: what a reader should know about how it was measured.
 
@@ -140,9 +140,10 @@ class SharpnessReport(Result):
                 )
             )
         if self.largest is not None:
-            lines += _eigen_lines(self.largest, "λ{} largest eigenvalue")
+            cost = f"{self.largest.products} products"
+            lines += _eigen_lines(self.largest, "λ{} largest eigenvalue", cost)
         if self.smallest is not None:
-            lines += _eigen_lines(self.smallest, "λₙ smallest eigenvalue")
+            lines += _eigen_lines(self.smallest, "λₙ smallest eigenvalue", "the same")
         if self.trace is not None:
             found = self.trace
             lines.append(
@@ -167,13 +168,14 @@ class SharpnessReport(Result):
         )
 
 
-def _eigen_lines(result: EigenResult, name: str) -> list[Measurement]:
+def _eigen_lines(result: EigenResult, name: str, cost: str) -> list[Measurement]:
     lines = []
     pairs = zip(result.eigenvalues.tolist(), result.residuals.tolist(), strict=True)
     for i, (value, residual) in enumerate(pairs, start=1):
-        cost = f"{result.products} products" if i == 1 else ""
         label = name.format(str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")))
-        lines.append(Measurement(label, value, residual, "residual", result.outcome, cost))
+        lines.append(
+            Measurement(label, value, residual, "residual", result.outcome, cost if i == 1 else "")
+        )
     return lines
 
 
@@ -310,12 +312,7 @@ def sharpness(
                 shaken = random_sharpness(objective, samples=samples, **shared)
             elif name == "eigenvalues":
                 count = min(eigenvalues, objective.size)
-                largest = lanczos(operator, k=count, which="LA", **shared).without_vectors()
-                # The negative end is small beside the largest eigenvalue, and so is the
-                # tolerance that tells it from zero.
-                smallest = lanczos(
-                    operator, which="SA", tol=1e-4, basis_size=min(40, objective.size), **shared
-                ).without_vectors()
+                largest, smallest = _both_ends(operator, count, seed, progress)
             else:
                 total = trace(operator, products=trace_products, **shared)
             bar.update()
@@ -333,6 +330,25 @@ def sharpness(
         trace=total,
         notes=_notes(objective, operator),
     )
+
+
+def _both_ends(
+    operator: HessianOperator, count: int, seed: Seed, progress: bool
+) -> tuple[EigenResult, EigenResult]:
+    """The largest eigenvalues and the smallest one, from the same products."""
+    # The negative end is small beside the largest eigenvalue, and so is the tolerance that
+    # tells it from zero. Its own search meets the largest on the way.
+    ends = (count, 1) if count < operator.shape[0] else (count, 0)
+    found = lanczos(
+        operator,
+        k=ends,
+        which="BE",
+        tol=1e-4,
+        basis_size=max(2 * count + 12, 30),
+        seed=seed,
+        progress=progress,
+    ).without_vectors()
+    return found.part("LA", count), found.part("SA", 1)
 
 
 def _notes(objective: Objective, operator: HessianOperator) -> tuple[str, ...]:

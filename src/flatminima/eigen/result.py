@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import check_positive
+from ..checks import check_choice, check_integer, check_positive
 from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError, warn
 from ..results import Outcome, Result, Table, format_number
 
@@ -59,6 +60,35 @@ class EigenResult(Result):
         """The same result without its eigenvectors, for keeping or writing to a file."""
         return dataclasses.replace(self, eigenvectors=None)
 
+    def part(self, which: Literal["LA", "SA"], count: int) -> EigenResult:
+        """The `count` largest ("LA") or smallest ("SA") of the pairs, best first.
+
+        The outcome and the number of products remain those of the whole.
+
+        Raises:
+            InvalidArgumentError: more pairs than there are.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([4.0, -7.0, 1.0, 2.0])))
+            >>> both = fm.lanczos(operator, k=(2, 1), which="BE", tol=1e-5)
+            >>> [round(value) for value in both.part("LA", 2).eigenvalues.tolist()]
+            [4, 2]
+            >>> [round(value) for value in both.part("SA", 1).eigenvalues.tolist()]
+            [-7]
+        """
+        check_choice("EigenResult.part", "which", which, ("LA", "SA"))
+        check_integer("EigenResult.part", "count", count, low=1, high=len(self.eigenvalues))
+        order = self.eigenvalues.argsort(descending=which == "LA", stable=True)[:count]
+        vectors = self.eigenvectors
+        return dataclasses.replace(
+            self,
+            eigenvalues=self.eigenvalues[order],
+            eigenvectors=None if vectors is None else vectors[:, order.to(vectors.device)],
+            residuals=self.residuals[order],
+            which=which,
+        )
+
     def _table(self) -> Table:
         rows = tuple(
             (str(i), format_number(value, 6), format_number(residual, 3))
@@ -88,6 +118,25 @@ def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:
             f"got {tol!r}. Rounding hides smaller residuals; use a float64 model for more."
         )
     return tol
+
+
+BASIS_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_basis_type(call: str, dtype: torch.dtype, wide: torch.dtype, tol: float) -> None:
+    """Refuse a type for the basis that is wider than the products', or too narrow for `tol`."""
+    if dtype not in BASIS_TYPES or torch.finfo(dtype).eps < torch.finfo(wide).eps:
+        raise InvalidArgumentError(
+            f"The 'basis_dtype' argument of {call} must be a floating type no wider than that of "
+            f"the products, {wide}: torch.bfloat16, torch.float16 or torch.float32; got {dtype!r}."
+        )
+    least = float(torch.finfo(dtype).eps)
+    if dtype != wide and tol < least:
+        raise InvalidArgumentError(
+            f"The 'tol' argument of {call} must be at least {least:.1e} with a basis in {dtype}; "
+            f"got {tol!r}. A vector rounded to that type has larger residuals; use "
+            "basis_device='cpu' to save memory on a GPU without rounding."
+        )
 
 
 def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> EigenResult:

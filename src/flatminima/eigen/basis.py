@@ -1,0 +1,107 @@
+"""The vectors of a Krylov space: one contiguous array, on any device, in any floating type."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import DeviceMemoryError
+from ..failures import is_out_of_memory
+from ..operators.linear import LinearOperator
+
+__all__ = ["Basis"]
+
+STRIP = 2**22
+"""Entries of the basis that are worked on at a time where a copy of them is needed."""
+
+
+class Basis:
+    """Orthonormal rows. What is computed with them is of the operator's type, where they lie.
+
+    Args:
+        operator: gives type and device of the vectors that go in and come out.
+        count: of the rows.
+        size: n, of each.
+        device: where the rows lie; the operator's when None.
+        dtype: of the rows; the operator's when None.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        count: int,
+        size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.outer, self.wide = operator.device, operator.dtype
+        self.device, self.dtype = device or self.outer, dtype or self.wide
+        self.narrow = self.dtype != self.wide
+        # The entries of long unit vectors lie where float16 has few digits; a power of two.
+        self.scale = 2.0 ** round(math.log2(size) / 2) if self.dtype == torch.float16 else 1.0
+        try:
+            self.rows = torch.empty(count, size, dtype=self.dtype, device=self.device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"There is not enough memory on {self.device} for a basis of {count} vectors of "
+                f"length {size}. Lower basis_size= or k, keep it elsewhere or in fewer bytes with "
+                "basis_device='cpu' or basis_dtype=torch.bfloat16, or select fewer parameters."
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def put(self, row: int, vector: Tensor) -> Tensor:
+        """Store a vector; it comes back as it was stored, on the operator's device."""
+        self.rows[row] = vector * self.scale if self.narrow else vector
+        return self.take(row) if self.narrow else vector.to(self.outer)
+
+    def take(self, row: int) -> Tensor:
+        """A row, as the operator takes it."""
+        vector = self.rows[row].to(self.outer).to(self.wide)
+        return vector / self.scale if self.narrow else vector
+
+    def first(self, count: int) -> Tensor:
+        """A copy of the first rows, of length one, as the operator takes them."""
+        if not self.narrow:
+            return self.rows[:count].to(self.outer, copy=True)
+        rows = self.rows[:count].to(self.outer).to(self.wide)
+        return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+    def heights(self, count: int, vector: Tensor) -> Tensor:
+        """⟨row, vector⟩ for the first `count` rows, where the basis lies."""
+        if not self.narrow:
+            return self.rows[:count] @ vector
+        heights = torch.zeros(count, dtype=self.wide, device=self.device)
+        for columns in self._strips(count):
+            heights += self.rows[:count, columns].to(self.wide) @ vector[columns]
+        return heights / self.scale
+
+    def without(self, heights: Tensor, vector: Tensor) -> Tensor:
+        """`vector` less the combination of the first rows with these coefficients."""
+        count = len(heights)
+        if not self.narrow:
+            return vector - self.rows[:count].T @ heights
+        rest, heights = vector.clone(), heights / self.scale
+        for columns in self._strips(count):
+            rest[columns] -= self.rows[:count, columns].to(self.wide).T @ heights
+        return rest
+
+    def rotate(self, coefficients: NDArray[np.float64], count: int) -> None:
+        """Put combinations of the first `count` rows in their place, a strip at a time."""
+        if count == 0:
+            return
+        small = torch.as_tensor(coefficients.T.copy()).to(self.device, self.wide)
+        for columns in self._strips(count):
+            block = self.rows[:count, columns].to(self.wide)
+            self.rows[: len(small), columns] = (small @ block).to(self.dtype)
+
+    def _strips(self, count: int) -> list[slice]:
+        width = max(1, STRIP // max(1, count))
+        return [slice(begin, begin + width) for begin in range(0, self.rows.shape[1], width)]
