@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .batches import Batch, Batches, available_bytes, located
-from .errors import ArgumentTypeError, LossNotScalarError, NonFiniteError
+from .errors import ArgumentTypeError, LossNotScalarError
 from .failures import explained
 from .guards import Derivatives, evaluating
 from .nested import same_tensors, to_device
+from .passes import Copies, Tally
 from .pieces import Pieces
 from .randomness import preserved_random_state, random_state, reseed
 from .weights import split_pair
 
-__all__ = ["Evaluated", "Evaluator"]
+__all__ = ["Evaluated", "Evaluator", "Point"]
 
 R = TypeVar("R")
 
@@ -38,6 +39,19 @@ class Evaluated:
     target: Any
     tensors: dict[str, Tensor]
     """The parameters that the loss was computed with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What takes the place of the model's own tensors in one evaluation of all batches."""
+
+    parameters: Callable[[], dict[str, Tensor]]
+    """Makes private tensors to evaluate with, by name; the model's other parameters are taken as
+    they are, without a graph."""
+    buffers: Mapping[str, Tensor]
+    """To evaluate with, of which copies are used."""
+    visit: Callable[[Evaluated], None]
+    """Is shown each batch."""
 
 
 class Evaluator:
@@ -96,77 +110,91 @@ class Evaluator:
         """Σ_b w_b ℓ_b / Σ_b w_b in float64.
 
         Args:
-            parameters: makes private tensors to evaluate with, by name; the model's other
-                parameters are taken as they are, without a graph.
-            buffers: to evaluate with, of which copies are used.
-            visit: is shown each batch.
+            parameters: as in `Point`.
+            buffers: as in `Point`.
+            visit: as in `Point`.
             check: raise for a loss that is not finite.
             derivatives: how many `visit` takes.
             kept: batches that were evaluated before, by number: these are shown to `visit` once
                 more, with the tensors in the module that it had then, instead of run forward.
             value: False leaves the loss on the device, where nothing waits for it, and gives NaN.
         """
+        return self.mean_losses(
+            [Point(parameters, buffers, visit)],
+            check=check,
+            derivatives=derivatives,
+            kept=kept,
+            value=value,
+        )[0]
+
+    def mean_losses(
+        self,
+        points: Sequence[Point],
+        *,
+        check: bool,
+        derivatives: Derivatives,
+        kept: Mapping[int, Evaluated] | None = None,
+        value: bool = True,
+    ) -> list[float]:
+        """The mean loss at each of several points, in one reading of the data.
+
+        The numbers are those of as many calls of `mean_loss`. The private tensors of all points are
+        held at once, but for a model that may write to them: then those of one point at a time.
+        """
         kept = kept or {}
-        losses: list[Tensor] = []
-        weights: list[float] = []
-        indices: list[int] = []
+        tallies = [Tally() for _ in points]
         watching = self._writes is None
         wrote = False
         still: list[bool] = []
         copies = self._writes is not False
         criterion = self._forward.criterion
         with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
-            leaves = _Copies(parameters)
-            others = _Copies(lambda: self._others(selected, differentiable=derivatives > 0))
-            private = _Copies(lambda: {n: b.detach().clone() for n, b in buffers.items()})
             first = next(iter(kept.values()), None)
-            # Copies of the parameters are made only once a batch needs them.
-            selected = leaves.fresh().keys() if first is None else first.tensors.keys()
+            made: dict[int, _Present] = {}
+
+            def turn_to(number: int) -> _Present:
+                if number not in made:
+                    if self._writes is not False:
+                        made.clear()
+                    made[number] = _Present(
+                        self, points[number], first, differentiable=derivatives > 0
+                    )
+                return made[number]
+
+            present = turn_to(0)
 
             def forward(batch: Batch, data: Any, show: Callable[[Evaluated], None]) -> Tensor:
                 nonlocal wrote
-                shadows = others.fresh(renew=copies) | private.fresh(renew=self._moving_buffers)
+                shadows = present.others.fresh(renew=copies)
+                shadows |= present.buffers.fresh(renew=self._moving_buffers)
                 reseed(batch.index)
                 try:
                     own = dataclasses.replace(batch, data=data)
                     # Not renewed for each batch unless it must be: a graph that is kept from one
                     # batch to the next is found out by the leaves that both have.
-                    tensors = leaves.fresh(renew=self._writes is True)
+                    tensors = present.leaves.fresh(renew=self._writes is True)
                     return self._forward.evaluate(own, shadows, tensors, show)
                 finally:
                     wrote = guard.restore() or wrote
 
-            def replay(seen: Evaluated) -> None:
-                losses.append(seen.loss.detach())
-                weights.append(1.0 if self.is_sum else seen.batch.weight)
-                indices.append(seen.batch.index)
+            def replay(seen: Evaluated, tally: Tally) -> None:
+                tally.add(seen.batch, seen.loss.detach(), 1.0 if self.is_sum else seen.batch.weight)
                 try:
-                    shadows = others.fresh() | private.fresh()
-                    self._forward.replay(seen, shadows, visit)
+                    shadows = present.others.fresh() | present.buffers.fresh()
+                    self._forward.replay(seen, shadows, present.point.visit)
                 finally:
                     guard.restore()
 
-            def evaluate(batch: Batch) -> None:
+            def evaluate(batch: Batch, tally: Tally) -> None:
                 nonlocal wrote
                 data = batch.data
                 if copies:
                     data = to_device(data, self.batches.device, duplicate=True)
-                losses.append(forward(batch, data, visit))
-                weights.append(1.0 if self.is_sum else batch.weight)
-                indices.append(batch.index)
+                loss = forward(batch, data, present.point.visit)
+                tally.add(batch, loss, 1.0 if self.is_sum else batch.weight)
                 if watching:
-                    still.append(same_tensors(private.present, dict(buffers)))
-                    moved = not same_tensors(leaves.present, parameters())
-                    if moved:
-                        leaves.fresh(renew=True)
-                    wrote = (
-                        wrote
-                        or moved
-                        or not (
-                            same_tensors(data, batch.data)
-                            and same_tensors(others.present, self._own(others.present))
-                        )
-                    )
+                    still.append(present.still())
+                    wrote = present.moved() or wrote or not same_tensors(data, batch.data)
 
             def value_of(piece: Batch) -> tuple[float, bool]:
                 data = to_device(piece.data, self.batches.device, duplicate=True)
@@ -182,25 +210,17 @@ class Evaluator:
                         explained(batch.index, self.batches.device, batch.data),
                     ):
                         if batch.index in kept:
-                            replay(kept[batch.index])
+                            replay(kept[batch.index], tallies[0])
                             continue
                         self.pieces.check_mean(batch, value_of, self.tolerance)
-                        self.pieces.each(batch, evaluate)
+                        for number, tally in enumerate(tallies):
+                            present = turn_to(number)
+                            self.pieces.each(batch, functools.partial(evaluate, tally=tally))
         if watching:
             self._writes, self._moving_buffers = wrote, not all(still)
         if not value:
-            return math.nan
-        # One transfer for all batches: reading each loss as it comes would stall a GPU.
-        values = torch.stack(losses).cpu().double().tolist()
-        for index, value in zip(indices, values, strict=True):
-            if check and not math.isfinite(value):
-                raise NonFiniteError(
-                    f"The loss of batch {index} is {value}; look for NaN in that batch, a "
-                    "diverged model, or a logarithm of zero in the loss."
-                )
-        return _sum([w * v for w, v in zip(weights, values, strict=True)]) / (
-            self.batches.total_weight
-        )
+            return [math.nan] * len(points)
+        return [tally.mean(self.batches.total_weight, check=check) for tally in tallies]
 
     @contextlib.contextmanager
     def _reading(self, kept: Mapping[int, Evaluated]) -> Iterator[Iterator[Batch]]:
@@ -235,20 +255,30 @@ class Evaluator:
         }
 
 
-class _Copies:
-    """Private tensors in place of a model's own, made again when a forward has written to them."""
+class _Present:
+    """The private tensors of the point that is being evaluated."""
 
-    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
-        self._make = make
-        self.present: dict[str, Tensor] = {}
-        self._versions: list[int] | None = None
+    def __init__(
+        self, evaluator: Evaluator, point: Point, first: Evaluated | None, *, differentiable: bool
+    ) -> None:
+        self.point, self._evaluator = point, evaluator
+        self.leaves = Copies(point.parameters)
+        self.buffers = Copies(lambda: {n: b.detach().clone() for n, b in point.buffers.items()})
+        # Copies of the parameters are made only once a batch needs them.
+        selected = self.leaves.fresh().keys() if first is None else first.tensors.keys()
+        self.others = Copies(lambda: evaluator._others(selected, differentiable=differentiable))
 
-    def fresh(self, *, renew: bool = False) -> dict[str, Tensor]:
-        versions = [t._version for t in self.present.values()]
-        if renew or versions != self._versions:
-            self.present = self._make()
-            self._versions = [t._version for t in self.present.values()]
-        return self.present
+    def still(self) -> bool:
+        """Whether the buffers are what they were."""
+        return same_tensors(self.buffers.present, dict(self.point.buffers))
+
+    def moved(self) -> bool:
+        """Whether parameters are not what they were."""
+        moved = not same_tensors(self.leaves.present, self.point.parameters())
+        if moved:
+            self.leaves.fresh(renew=True)
+        others = self.others.present
+        return moved or not same_tensors(others, self._evaluator._own(others))
 
 
 class _Forward(nn.Module):
@@ -353,8 +383,3 @@ def _checked_loss(loss: Any, batch: Batch) -> Tensor:
         )
     scalar: Tensor = loss.reshape(())
     return scalar
-
-
-def _sum(values: Sequence[float]) -> float:
-    """The exact sum; fsum itself refuses infinities of both signs."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

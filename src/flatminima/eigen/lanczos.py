@@ -94,6 +94,7 @@ def lanczos(
     rows = max(2 * k + 10, 20) if basis_size is None else basis_size
     rows = min(n, check_integer("lanczos", "basis_size", rows, low=min(n, k + 3)))
     solver = LanczosSteps(operator, n, k, which, tol, limit, rows, seed)
+    before = operator.readings
     with (
         operator.session(),
         progress_bar("lanczos", total=limit, unit="product", show=progress) as bar,
@@ -109,6 +110,7 @@ def lanczos(
                 break
             bar.set_postfix_str(f"largest residual {solver.worst:.1e}", refresh=False)
             bar.update()
+    result = dataclasses.replace(result, readings=operator.readings - before, notes=operator.notes)
     return finish(result, call="lanczos", bound=tol * solver.scale, strict=strict)
 
 

@@ -21,6 +21,7 @@ from ..errors import (
 from ..evaluation import Evaluated
 from ..kept import KeepGraph, KeptGraphs
 from ..objective import Objective, check_objective
+from ..precision import precision_notes
 from ..products import Block, GradientGraph, Pieces, central_differences, where
 from ..randomness import as_generator, rademacher
 from ..tracing import GraphTrace
@@ -124,6 +125,16 @@ class HessianOperator(LinearOperator):
         """
         with self._kept.session():
             yield
+
+    @property
+    def readings(self) -> int:
+        """How often the data have been read anew, where they are not kept on the device."""
+        return self.objective.batches.readings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Autocast and short types in place of float32, where they are on."""
+        return precision_notes(self.objective.model, self.device)
 
     @property
     def kept_bytes(self) -> int:
