@@ -83,6 +83,24 @@ def test_convolutions_and_recurrent_layers_are_named_where_the_model_has_them():
         assert note.startswith("float32 convolutions and recurrent layers may be")
 
 
+def test_tf32_of_a_gpu_is_named_by_what_the_model_has(monkeypatch):
+    # The settings can be read without a GPU.
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    convolution = nn.Conv2d(2, 2, 3)
+    (note,) = precision_notes(convolution, cuda)
+    assert note == "float32 convolutions may be computed in TF32, as PyTorch's settings allow."
+    assert working_eps(convolution, cuda) == 2**-10
+    assert precision_notes(convolution.double(), cuda) == ()
+    assert precision_notes(net(), cuda) == ()
+    with matmul_precision("high"):
+        (note,) = precision_notes(nn.ModuleList([net(), nn.Conv2d(2, 2, 3), nn.LSTM(2, 2)]), cuda)
+        assert note.startswith("float32 matrix products, convolutions and recurrent layers may")
+        assert precision_notes(net(), cuda)[0].startswith("float32 matrix products may be")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert precision_notes(net(), cuda) == ()
+
+
 def test_the_newer_setting_can_be_read_where_the_older_cannot():
     # PyTorch refuses to tell the older one where the two contradict each other.
     with newer(torch.backends.cuda.matmul, "tf32"), pytest.raises(RuntimeError):

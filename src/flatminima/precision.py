@@ -31,10 +31,14 @@ def precision_notes(model: nn.Module, device: torch.device) -> tuple[str, ...]:
     for kind in dict.fromkeys(found.values()):
         operations = [operation for operation, k in found.items() if k == kind]
         notes.append(
-            f"float32 {' and '.join(operations)} may be computed in {SHORT[kind][0]}, as "
+            f"float32 {_listed(operations)} may be computed in {SHORT[kind][0]}, as "
             "PyTorch's settings allow."
         )
     return tuple(notes)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
 
 
 def working_eps(model: nn.Module, device: torch.device) -> float:
