@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
 from integrity import untouched
@@ -84,3 +85,110 @@ def test_captured_products_are_the_same(objectives):
 def test_captures_need_kept_graphs(objectives):
     with pytest.raises(fm.InvalidArgumentError, match="keep_graph=False"):
         fm.HessianOperator(objectives[1], method="cuda_graph", keep_graph=False)
+
+
+# ------------------------------------------------------------------- data that are read anew
+
+
+def on_the_gpu(data, **options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.2), nn.Tanh(), nn.Linear(64, 3)).cuda()
+    return fm.Objective(net, nn.CrossEntropyLoss(), data, mode="train", **options)
+
+
+def numbers(count=5000):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 6, generator=generator)
+    return x, torch.randint(3, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_read_ahead_give_the_same_as_kept_ones(pin_memory, workers):
+    loader = DataLoader(
+        TensorDataset(*numbers()),
+        batch_size=64,
+        shuffle=True,
+        pin_memory=pin_memory,
+        num_workers=workers,
+    )
+    kept, anew = (on_the_gpu(loader, cache=cache) for cache in (True, False))
+    with untouched(anew.model, loader):
+        for _ in range(3):
+            value, gradient = anew.value_and_gradient()
+            expected, wanted = kept.value_and_gradient()
+            assert value == expected
+            assert torch.equal(gradient, wanted)
+    result = fm.random_sharpness(anew, samples=2)
+    assert result.readings == 2
+    assert result.value == fm.random_sharpness(kept, samples=2).value
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_loader_that_fills_the_same_pinned_memory_again(cache):
+    x, y = numbers(64 * 200)
+
+    class Recycling:
+        def __iter__(self):
+            a = torch.empty(64, 6).pin_memory()
+            b = torch.empty(64, dtype=torch.long).pin_memory()
+            for start in range(0, len(x), 64):
+                a.copy_(x[start : start + 64])
+                b.copy_(y[start : start + 64])
+                yield a, b
+
+    expected = on_the_gpu((x, y), batch_size=64).gradient()
+    objective = on_the_gpu(Recycling(), cache=cache)
+    for _ in range(3):
+        assert torch.equal(objective.gradient(), expected)
+
+
+def test_the_host_does_not_fill_the_device_with_batches():
+    wide = torch.randn(64 * 128, 4096)
+    net = nn.Sequential(nn.Linear(4096, 2048), nn.Tanh(), nn.Linear(2048, 1)).cuda()
+    loader = DataLoader(TensorDataset(wide, torch.zeros(len(wide), 1)), batch_size=128)
+    objective = fm.Objective(net, nn.MSELoss(), loader, cache=False)
+    objective.loss()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    objective.loss()
+    batch = 128 * 4096 * 4
+    assert torch.cuda.max_memory_allocated() - before < 16 * batch
+
+
+def test_an_error_between_two_batches_leaves_everything_as_it_was():
+    class Broken:
+        def __iter__(self):
+            x, y = numbers(256)
+            yield x[:128], y[:128]
+            if self.breaks:
+                raise RuntimeError("the disk is full")
+            yield x[128:], y[128:]
+
+        breaks = False
+
+    data = Broken()
+    objective = on_the_gpu(data, cache=False)
+    expected = objective.loss()
+    data.breaks = True
+    with untouched(objective.model), pytest.raises(RuntimeError, match="the disk is full"):
+        objective.loss()
+    data.breaks = False
+    assert objective.loss() == expected
+
+
+def test_tf32_is_named_where_it_is_allowed():
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this device has no TF32")
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        notes = fm.random_sharpness(on_the_gpu(numbers()), samples=1).notes
+        assert notes == (
+            "float32 matrix products may be computed in TF32, as PyTorch's settings allow.",
+        )
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert fm.random_sharpness(on_the_gpu(numbers()), samples=1).notes == ()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

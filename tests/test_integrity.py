@@ -53,6 +53,7 @@ CALLS = {
     "value_and_gradient displaced": lambda o: o.value_and_gradient(vector(o)),
     "point": lambda o: o.point().zero_(),
     "evaluate_state": lambda o: o.evaluate_state(o.model.state_dict()),
+    "losses_at": lambda o: o.losses_at([vector(o), vector(o, -0.01)]),
     "matvec": lambda o: fm.HessianOperator(o).matvec(vector(o)),
     "matmat": lambda o: fm.HessianOperator(o).matmat(torch.stack([vector(o)] * 2, dim=1)),
     "to_scipy": lambda o: fm.HessianOperator(o).to_scipy().matvec(vector(o).numpy()),

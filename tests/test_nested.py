@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from flatminima.nested import cut, fingerprint, same_tensors, structure, tensors_in, to_device
+from flatminima.nested import (
+    LANES,
+    cut,
+    fingerprint,
+    same_tensors,
+    structure,
+    tensors_in,
+    to_device,
+)
 from integrity import untouched
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -424,6 +432,35 @@ def test_a_fingerprint_sees_every_number(kind):
             assert fingerprint(data) != mark
             assert not same_tensors(data, BATCHES[kind]())
             tensor.view(-1)[-1] -= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("size", [4 * LANES - 1, 4 * LANES, 17 * LANES + 3])
+def test_the_fingerprint_of_a_large_tensor_sees_changes_and_order(dtype, size):
+    # Values with few bits: what is weak loses them among the high bits.
+    signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    marks = {fingerprint(signs)}
+    assert fingerprint(signs.clone()) in marks
+    places = [0, 1, LANES - 1, LANES, 3 * LANES + 7, size // 2, size - 2, size - 1]
+    for place in places:
+        changed = signs.clone()
+        changed[place] = 1 - changed[place]
+        marks.add(fingerprint(changed))
+    assert len(marks) == 1 + len(set(places))
+    for distance in (1, 64, LANES // 8, LANES // 2, LANES, 2 * LANES):
+        turned = fingerprint(signs.roll(distance))
+        assert turned not in marks
+        marks.add(turned)
+    assert fingerprint(signs.view(-1, 1)) not in marks
+
+
+def test_the_fingerprint_of_a_large_tensor_sees_swapped_rows():
+    rows = torch.randint(2, (130, LANES), generator=torch.Generator().manual_seed(0)).float()
+    mark = fingerprint(rows)
+    for first, second in ((0, 1), (0, 64), (1, 129), (63, 127), (128, 129)):
+        order = torch.arange(130)
+        order[first], order[second] = second, first
+        assert fingerprint(rows[order]) != mark
 
 
 def test_equal_batches_are_told_from_others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -98,33 +99,52 @@ def test_one_draw_gives_the_absolute_product_and_no_spread():
     assert math.isnan(result.standard_deviation), "one draw says nothing about the spread"
 
 
-def test_each_tensor_is_perturbed_alone(monkeypatch):
+def watched(model: Sum, **options) -> tuple[list[torch.Tensor], fm.Objective]:
+    """The parameter vectors that the loss is evaluated at, in order."""
     seen = []
-    original = fm.Objective.loss_at
 
-    def watched(self, displacement):
-        seen.append(displacement.clone())
-        return original(self, displacement)
+    def loss(model, batch):
+        seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return model()
 
-    monkeypatch.setattr(fm.Objective, "loss_at", watched)
-    _, objective = linear()
+    data = [torch.zeros(1), torch.zeros(1)]
+    return seen, fm.Objective(model, data=data, batch_loss=loss, **options)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_each_tensor_is_perturbed_alone(cache):
+    model = Sum()
+    seen, objective = watched(model, cache=cache)
     fm.random_sharpness(objective, samples=2)
     expected = [{*range(6)}] * 2 + [{*range(6, 11)}] * 2 + [{11}] * 2
-    assert [set(d.nonzero().flatten().tolist()) for d in seen] == expected
+    point = objective.point()
+    moved = [set((v != point).nonzero().flatten().tolist()) for v in seen]
+    assert moved[:2] == [set(), set()], "the loss itself, of two batches"
+    # Batch after batch where the data are read anew, point after point where they are kept.
+    assert moved[2:] == ([e for e in expected for _ in range(2)] if cache else 2 * expected)
 
 
 @pytest.mark.parametrize(("scope", "losses"), [("tensor", 3 * 4 + 1), ("all", 4 + 1)])
-def test_evaluations_are_counted_exactly(scope, losses, monkeypatch):
-    count = [0]
-    original = fm.Objective.sum_over_batches
+@pytest.mark.parametrize("cache", [True, False])
+def test_evaluations_are_counted_exactly(scope, losses, cache):
+    seen, objective = watched(Sum(), cache=cache)
+    result = fm.random_sharpness(objective, samples=4, scope=scope)
+    assert result.evaluations == losses
+    assert len(seen) == 2 * losses
 
-    def counted(self, *arguments, **options):
-        count[0] += 1
-        return original(self, *arguments, **options)
 
-    monkeypatch.setattr(fm.Objective, "sum_over_batches", counted)
-    result = fm.random_sharpness(linear()[1], samples=4, scope=scope)
-    assert result.evaluations == count[0] == losses
+@pytest.mark.parametrize("scope", ["tensor", "all"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_data_that_are_read_anew_give_the_same_numbers(scope, relative):
+    case = build("mlp_batch_norm_dropout", torch.float32)
+    options = {"samples": 3, "scope": scope, "relative": relative}
+    kept = fm.random_sharpness(case.objective(cache=True), **options)
+    anew = fm.random_sharpness(case.objective(cache=False), **options)
+    assert (kept.readings, anew.readings) == (0, 2), "once for L(θ), once for all the rest"
+    assert dataclasses.replace(anew, readings=0) == kept
+    assert "The data were read 2 times, since they are not kept" in repr(anew)
+    assert "read" not in repr(kept)
+    assert fm.RandomSharpnessResult.from_json(anew.to_json()) == anew
 
 
 def test_zero_tensors_are_not_perturbed_when_relative():

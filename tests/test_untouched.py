@@ -102,6 +102,8 @@ CALLS = {
     "value_and_gradient": lambda b: b.objective.value_and_gradient(),
     "value_and_gradient displaced": lambda b: b.objective.value_and_gradient(b.step),
     "evaluate_state": lambda b: b.objective.evaluate_state(b.state),
+    "losses_at": lambda b: b.objective.losses_at([b.step, -b.step]),
+    "losses_at, read anew": lambda b: b.make(cache=False).losses_at([b.step, -b.step]),
     "matvec": lambda b: b.operator.matvec(b.step),
     "matvec again": lambda b: b.operator.matvec(b.step),
     "matmat": lambda b: b.operator.matmat(torch.stack([b.step, -b.step], dim=1)),

@@ -499,6 +499,16 @@ def test_the_report_has_eigenvalues_by_differences(name, dtype):
     assert FAULTS[name][0] in report.notes[-1]
 
 
+@every_entry
+@pytest.mark.parametrize("cache", [True, False])
+def test_several_points_have_the_losses_of_each(name, dtype, cache):
+    objective = build(name, dtype).objective(cache=cache)
+    shifts = 0.1 * gaussian(3, objective.size, seed=10, dtype=objective.dtype)
+    expected = [objective.loss_at(shift) for shift in shifts]
+    for _ in range(2):
+        assert objective.losses_at(shifts) == expected
+
+
 @float64_entry
 def test_a_displaced_point_has_the_values_of_a_displaced_model(name):
     case = build(name)

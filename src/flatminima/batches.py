@@ -28,6 +28,7 @@ from .failures import explained
 from .nested import fingerprint, tensors_in, to_device
 from .progress import progress_bar
 from .randomness import preserved_random_state, reseed
+from .transfers import ReadingAhead
 
 __all__ = ["Batch", "Batches", "available_bytes", "located"]
 
@@ -219,12 +220,20 @@ class Batches:
 
     def _checked_batches(self) -> Iterator[Batch]:
         count = 0
+        ahead = ReadingAhead(self.device) if self.device.type == "cuda" else None
         for index, raw in self._raw_batches():
             count = index + 1
             if index >= len(self._marks) or fingerprint(raw) != self._marks[index]:
                 raise self._changed(f"batch {index} differs")
-            if self._weights[index] > 0:
+            if self._weights[index] <= 0:
+                continue
+            if ahead is None:
                 yield Batch(index, self._moved(raw, index), self._weights[index])
+                continue
+            moved = self._moved(raw, index, move=ahead.move)
+            ahead.arrived()
+            yield Batch(index, moved, self._weights[index])
+            ahead.launched()
         if count != len(self._marks):
             raise self._changed(f"{count} batches came instead of {len(self._marks)}")
 
@@ -297,10 +306,21 @@ class Batches:
             )
         self._cached = kept
 
-    def _moved(self, raw: Any, index: int, *, duplicate: bool = False) -> Any:
+    def _moved(
+        self,
+        raw: Any,
+        index: int,
+        *,
+        duplicate: bool = False,
+        move: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
         try:
             with explained(index, self.device):
-                return to_device(raw, self.device, duplicate=duplicate)
+                moved = to_device(raw, self.device, duplicate=duplicate, move=move)
+                if duplicate and self.device.type == "cuda":
+                    # A loader may fill the same pinned memory again for the next batch.
+                    torch.cuda.current_stream(self.device).synchronize()
+                return moved
         except FlatMinimaError:
             raise
         except (RuntimeError, NotImplementedError, TypeError) as error:

@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .batches import Batch, Batches, available_bytes, located
-from .errors import ArgumentTypeError, LossNotScalarError, NonFiniteError
 from .failures import explained
+from .forward import Evaluated, Forward, LossOf
 from .guards import Derivatives, evaluating
 from .nested import same_tensors, to_device
+from .passes import Copies, Tally
 from .pieces import Pieces
 from .randomness import preserved_random_state, random_state, reseed
-from .weights import split_pair
 
-__all__ = ["Evaluated", "Evaluator", "LossOf", "Prepare"]
+__all__ = ["Evaluator", "Point", "Prepare"]
 
-R = TypeVar("R")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """What became of one batch, shown while the replaced tensors are still in the module."""
-
-    batch: Batch
-    loss: Tensor
-    """ℓ_b, a scalar with its graph."""
-    output: Any
-    """Of the model, and the target: None under `batch_loss`."""
-    target: Any
-    tensors: dict[str, Tensor]
-    """The parameters that the loss was computed with."""
-    prepared: Any = None
-    """What was made by `prepare` in place of the graph of the loss, which then has none."""
-
-
-LossOf = Callable[[dict[str, Tensor], dict[str, Tensor], Any], Tensor]
-"""(parameters, other parameters and buffers, data of a batch) → ℓ_b with its graph."""
 
 Prepare = Callable[[Batch, LossOf, dict[str, Tensor], dict[str, Tensor]], Evaluated]
 """Evaluates a batch in another way than by running it forward, given all that this needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What takes the place of the model's own tensors in one evaluation of all batches."""
+
+    parameters: Callable[[], dict[str, Tensor]]
+    """Makes private tensors to evaluate with, by name; the model's other parameters are taken as
+    they are, without a graph."""
+    buffers: Mapping[str, Tensor]
+    """To evaluate with, of which copies are used."""
+    visit: Callable[[Evaluated], None]
+    """Is shown each batch."""
 
 
 class Evaluator:
@@ -78,7 +69,7 @@ class Evaluator:
         self.is_sum, self.pieces = is_sum, pieces
         # What a loss computed in two ways may differ by, relatively.
         self.tolerance = min(0.03, 1000 * eps)
-        self._forward = _Forward(model, loss_fn, batch_loss)
+        self._forward = Forward(model, loss_fn, batch_loss)
         # None until one whole pass has shown whether the model leaves these alone; until then,
         # and where it does not, each batch gets copies.
         self._writes: bool | None = None
@@ -104,42 +95,69 @@ class Evaluator:
         """Σ_b w_b ℓ_b / Σ_b w_b in float64; NaN when some batches are kept, as it is known then.
 
         Args:
-            parameters: makes private tensors to evaluate with, by name; the model's other
-                parameters are taken as they are, without a graph.
-            buffers: to evaluate with, of which copies are used.
-            visit: is shown each batch.
+            parameters: as in `Point`.
+            buffers: as in `Point`.
+            visit: as in `Point`.
             check: raise for a loss that is not finite.
             derivatives: how many `visit` takes.
             kept: batches that were evaluated before, by number: these are shown to `visit` once
                 more, with the tensors in the module that it had then, instead of run forward.
             prepare: evaluates the other batches.
         """
+        return self.mean_losses(
+            [Point(parameters, buffers, visit)],
+            check=check,
+            derivatives=derivatives,
+            kept=kept,
+            prepare=prepare,
+        )[0]
+
+    def mean_losses(
+        self,
+        points: Sequence[Point],
+        *,
+        check: bool,
+        derivatives: Derivatives,
+        kept: Mapping[int, Evaluated] | None = None,
+        prepare: Prepare | None = None,
+    ) -> list[float]:
+        """The mean loss at each of several points, in one reading of the data.
+
+        The numbers are those of as many calls of `mean_loss`. The private tensors of all points are
+        held at once, but for a model that may write to them: then those of one point at a time.
+        """
         kept = kept or {}
-        losses: list[Tensor] = []
-        weights: list[float] = []
-        indices: list[int] = []
+        tallies = [Tally() for _ in points]
         watching = self._writes is None
         wrote = False
         still: list[bool] = []
         copies = self._writes is not False
         criterion = self._forward.criterion
         with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
-            leaves = _Copies(parameters)
-            others = _Copies(lambda: self._others(selected, differentiable=derivatives > 0))
-            private = _Copies(lambda: {n: b.detach().clone() for n, b in buffers.items()})
             first = next(iter(kept.values()), None)
-            # Copies of the parameters are made only once a batch needs them.
-            selected = leaves.fresh().keys() if first is None else first.tensors.keys()
+            made: dict[int, _Present] = {}
+
+            def turn_to(number: int) -> _Present:
+                if number not in made:
+                    if self._writes is not False:
+                        made.clear()
+                    made[number] = _Present(
+                        self, points[number], first, differentiable=derivatives > 0
+                    )
+                return made[number]
+
+            present = turn_to(0)
 
             def forward(batch: Batch, data: Any, show: Callable[[Evaluated], None]) -> Tensor:
                 nonlocal wrote
-                shadows = others.fresh(renew=copies) | private.fresh(renew=self._moving_buffers)
+                others = present.others.fresh(renew=copies)
+                shadows = others | present.buffers.fresh(renew=self._moving_buffers)
                 reseed(batch.index)
                 try:
                     own = dataclasses.replace(batch, data=data)
                     # Not renewed for each batch unless it must be: a graph that is kept from one
                     # batch to the next is found out by the leaves that both have.
-                    tensors = leaves.fresh(renew=self._writes is True)
+                    tensors = present.leaves.fresh(renew=self._writes is True)
                     if prepare is None:
                         return self._forward.evaluate(own, shadows, tensors, show)
                     seen = prepare(own, self._forward.loss_of(own), tensors, shadows)
@@ -150,32 +168,22 @@ class Evaluator:
 
             def replay(seen: Evaluated) -> None:
                 try:
-                    shadows = others.fresh() | private.fresh()
-                    self._forward.replaced(lambda: visit(seen), shadows, seen.tensors)
+                    shadows = present.others.fresh() | present.buffers.fresh()
+                    run = functools.partial(present.point.visit, seen)
+                    self._forward.replaced(run, shadows, seen.tensors)
                 finally:
                     guard.restore()
 
-            def evaluate(batch: Batch) -> None:
+            def evaluate(batch: Batch, tally: Tally) -> None:
                 nonlocal wrote
                 data = batch.data
                 if copies:
                     data = to_device(data, self.batches.device, duplicate=True)
-                losses.append(forward(batch, data, visit))
-                weights.append(1.0 if self.is_sum else batch.weight)
-                indices.append(batch.index)
+                loss = forward(batch, data, present.point.visit)
+                tally.add(batch, loss, 1.0 if self.is_sum else batch.weight)
                 if watching:
-                    still.append(same_tensors(private.present, dict(buffers)))
-                    moved = not same_tensors(leaves.present, parameters())
-                    if moved:
-                        leaves.fresh(renew=True)
-                    wrote = (
-                        wrote
-                        or moved
-                        or not (
-                            same_tensors(data, batch.data)
-                            and same_tensors(others.present, self._own(others.present))
-                        )
-                    )
+                    still.append(present.still())
+                    wrote = present.moved() or wrote or not same_tensors(data, batch.data)
 
             def value_of(piece: Batch) -> tuple[float, bool]:
                 data = to_device(piece.data, self.batches.device, duplicate=True)
@@ -194,22 +202,14 @@ class Evaluator:
                             replay(kept[batch.index])
                             continue
                         self.pieces.check_mean(batch, value_of, self.tolerance)
-                        self.pieces.each(batch, evaluate)
+                        for number, tally in enumerate(tallies):
+                            present = turn_to(number)
+                            self.pieces.each(batch, functools.partial(evaluate, tally=tally))
         if watching:
             self._writes, self._moving_buffers = wrote, not all(still)
         if kept:
-            return math.nan
-        # One transfer for all batches: reading each loss as it comes would stall a GPU.
-        values = torch.stack(losses).cpu().double().tolist()
-        for index, value in zip(indices, values, strict=True):
-            if check and not math.isfinite(value):
-                raise NonFiniteError(
-                    f"The loss of batch {index} is {value}; look for NaN in that batch, a "
-                    "diverged model, or a logarithm of zero in the loss."
-                )
-        return _sum([w * v for w, v in zip(weights, values, strict=True)]) / (
-            self.batches.total_weight
-        )
+            return [math.nan] * len(points)
+        return [tally.mean(self.batches.total_weight, check=check) for tally in tallies]
 
     def replay(
         self,
@@ -262,130 +262,27 @@ class Evaluator:
         }
 
 
-class _Copies:
-    """Private tensors in place of a model's own, made again when a forward has written to them."""
-
-    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
-        self._make = make
-        self.present: dict[str, Tensor] = {}
-        self._versions: list[int] | None = None
-
-    def fresh(self, *, renew: bool = False) -> dict[str, Tensor]:
-        versions = [t._version for t in self.present.values()]
-        if renew or versions != self._versions:
-            self.present = self._make()
-            self._versions = [t._version for t in self.present.values()]
-        return self.present
-
-
-class _Forward(nn.Module):
-    """Around the model, so that `functional_call` reaches all of it.
-
-    The tensors are replaced inside the model itself while this runs, so that a `batch_loss` that
-    calls `model.encoder(...)` or reads `model.weight` sees the replaced ones too, and so does
-    activation checkpointing, which runs parts of the model again during the derivative.
-    """
+class _Present:
+    """The private tensors of the point that is being evaluated."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any, Any], Any] | None,
-        batch_loss: Callable[[nn.Module, Any], Any] | None,
+        self, evaluator: Evaluator, point: Point, first: Evaluated | None, *, differentiable: bool
     ) -> None:
-        super().__init__()
-        self.model = model
-        # Wrapped, so that a criterion that is a module is not taken for a part of the model.
-        self._functions = (loss_fn, batch_loss)
+        self.point, self._evaluator = point, evaluator
+        self.leaves = Copies(point.parameters)
+        self.buffers = Copies(lambda: {n: b.detach().clone() for n, b in point.buffers.items()})
+        # Copies of the parameters are made only once a batch needs them.
+        selected = self.leaves.fresh().keys() if first is None else first.tensors.keys()
+        self.others = Copies(lambda: evaluator._others(selected, differentiable=differentiable))
 
-    @property
-    def criterion(self) -> object:
-        """The loss function, of whichever kind it is."""
-        return self._functions[1] if self._functions[0] is None else self._functions[0]
+    def still(self) -> bool:
+        """Whether the buffers are what they were."""
+        return same_tensors(self.buffers.present, dict(self.point.buffers))
 
-    def evaluate(
-        self,
-        batch: Batch,
-        others: Mapping[str, Tensor],
-        parameters: dict[str, Tensor],
-        visit: Callable[[Evaluated], None],
-    ) -> Tensor:
-        """ℓ_b without its graph, after `visit` has seen it."""
-
-        def run() -> Tensor:
-            seen = self._run(batch, parameters)
-            visit(seen)
-            return seen.loss.detach()
-
-        return self.replaced(run, others, parameters)
-
-    def loss_of(self, batch: Batch) -> LossOf:
-        """The loss as a function of tensors, to be traced."""
-
-        def loss(parameters: dict[str, Tensor], others: dict[str, Tensor], data: Any) -> Tensor:
-            own = dataclasses.replace(batch, data=data)
-            return self.replaced(lambda: self._run(own, parameters).loss, others, parameters)
-
-        return loss
-
-    def replaced(
-        self, run: Callable[[], R], others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-    ) -> R:
-        """Run something with these tensors in the model."""
-        replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
-        result: R = functional_call(self, replaced, (run,))
-        return result
-
-    def forward(self, run: Callable[[], R]) -> R:
-        return run()
-
-    def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Evaluated:
-        loss_fn, batch_loss = self._functions
-        output: Any = None
-        target: Any = None
-        if batch_loss is not None:
-            loss = batch_loss(self.model, batch.data)
-        else:
-            assert loss_fn is not None
-            inputs, target = split_pair(batch.data, batch.index)
-            try:
-                output = self.model(inputs)
-                loss = loss_fn(output, target)
-            except (TypeError, AttributeError) as error:
-                strange = next((v for v in (inputs, output) if _is_structured(v)), None)
-                if strange is None:
-                    raise
-                raise ArgumentTypeError(
-                    f"loss_fn(model(input), target) fails with {type(error).__name__}: {error}. "
-                    f"The {'input' if strange is inputs else 'output'} is a "
-                    f"{type(strange).__name__}; say what to do with it by batch_loss=lambda "
-                    "model, batch: ..., for instance model(**batch).loss."
-                ) from error
-        return Evaluated(batch, _checked_loss(loss, batch), output, target, parameters)
-
-
-def _is_structured(value: Any) -> bool:
-    return value is not None and not isinstance(value, Tensor)
-
-
-def _checked_loss(loss: Any, batch: Batch) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise LossNotScalarError(
-            f"The loss of batch {batch.index} is a {type(loss).__name__}, not a tensor; "
-            "return the loss tensor itself, without .item() or float()."
-        )
-    if loss.numel() != 1:
-        raise LossNotScalarError(
-            f"The loss of batch {batch.index} has shape {tuple(loss.shape)}, not one value; "
-            'use reduction="mean" (or "sum"), or average it yourself.'
-        )
-    if not loss.dtype.is_floating_point:
-        raise LossNotScalarError(
-            f"The loss of batch {batch.index} is of type {loss.dtype}; it must be real."
-        )
-    scalar: Tensor = loss.reshape(())
-    return scalar
-
-
-def _sum(values: Sequence[float]) -> float:
-    """The exact sum; fsum itself refuses infinities of both signs."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+    def moved(self) -> bool:
+        """Whether parameters are not what they were."""
+        moved = not same_tensors(self.leaves.present, self.point.parameters())
+        if moved:
+            self.leaves.fresh(renew=True)
+        others = self.others.present
+        return moved or not same_tensors(others, self._evaluator._own(others))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .batches import available_bytes
 from .captured import CapturedGraph, Recorder
 from .compiled import BatchProduct
-from .evaluation import Evaluated
+from .forward import Evaluated
 from .nested import tensors_in
 from .objective import Objective
 from .products import Block, GradientGraph, Pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,14 @@ from .errors import (
     NonFiniteError,
     StateMismatchError,
 )
-from .evaluation import Evaluated, Evaluator, Prepare
+from .evaluation import Evaluator, Prepare
+from .forward import Evaluated
 from .gradients import accumulated, checkpoints_reentrantly
 from .guards import Derivatives
-from .metrics import Metric, label_count, metric_value
+from .metrics import Metric
 from .modules import check_devices, check_model, unwrapped
 from .pieces import Microbatch, Pieces
+from .states import State, evaluated
 from .vectors import Layout, Selection, all_finite, check_vector, select_parameters
 from .weights import BatchWeight, example_count, is_sum, split_pair
 
@@ -273,47 +275,44 @@ class Objective:
             )
         return value, gradient
 
-    def evaluate_state(
-        self, state: Mapping[str, Tensor], metrics: Mapping[str, Metric] | None = None
-    ) -> tuple[float, dict[str, float]]:
-        """L and metrics with the model's tensors replaced by those of a state dict.
+    def losses_at(self, displacements: Iterable[Tensor]) -> list[float]:
+        """L(θ + δ) for several displacements δ of shape (n,), such as the rows of a matrix.
+
+        The numbers are those of `loss_at`. Where the data are read anew each time, a reading serves
+        as many δ as fit into a budget of memory (256 MB, or four parameter vectors where those are
+        more); they are taken from `displacements` as they are needed.
+        """
+        point, layout = self.point(), self.layout
+        moved = (point + self._checked(shift, "losses_at") for shift in displacements)
+        states = (dict(zip(layout.names, layout.unflatten(v), strict=True)) for v in moved)
+        return [loss for loss, _ in self.evaluate_states(states)]
+
+    def evaluate_states(
+        self, states: Iterable[State], metrics: Mapping[str, Metric] | None = None
+    ) -> Iterator[tuple[float, dict[str, float]]]:
+        """L and metrics with the model's tensors replaced by those of each of several state dicts.
 
         Args:
-            state: parameters and buffers by name; those it leaves out are the model's own.
+            states: parameters and buffers by name; those that one leaves out are the model's own.
+                They are taken as they are needed, several to a reading as in `losses_at`.
             metrics: `metric(output, target)` by name, each a mean over the batch's labels (for
                 integer targets, those ≠ −100) or examples, averaged over the data accordingly.
 
         Returns:
-            The loss and the metrics; NaN and infinity are returned as such.
+            The loss and the metrics of each; NaN and infinity are returned as such.
         """
-        metrics = dict(metrics or {})
         if metrics and self._loss_fn is None:
             raise InvalidArgumentError(
                 "metrics= needs an objective with loss_fn(output, target); with batch_loss= "
                 "there is no output to judge."
             )
-        own = {n: p.detach() for n, p in self.model.named_parameters()}
-        given = {name: state.get(name, p) for name, p in own.items()}
-        buffers = {name: state.get(name, b) for name, b in self.model.named_buffers()}
-        sums = dict.fromkeys(metrics, 0.0)
-        counts = dict.fromkeys(metrics, 0.0)
+        return evaluated(self._evaluator, states, dict(metrics or {}))
 
-        def measure(seen: Evaluated) -> None:
-            count = label_count(seen.target)
-            count = seen.batch.weight if count is None else count
-            for name, metric in metrics.items():
-                if count > 0:
-                    sums[name] += count * metric_value(name, metric(seen.output, seen.target))
-                    counts[name] += count
-
-        value = self._evaluator.mean_loss(
-            lambda: {name: t.detach().clone() for name, t in given.items()},
-            buffers,
-            measure,
-            check=False,
-            derivatives=0,
-        )
-        return value, {n: sums[n] / counts[n] if counts[n] else math.nan for n in sums}
+    def evaluate_state(
+        self, state: State, metrics: Mapping[str, Metric] | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """The same for one state dict."""
+        return next(self.evaluate_states([state], metrics))
 
     def sum_over_batches(
         self,

@@ -22,7 +22,7 @@ from .operators.hessian import HessianOperator
 from .pieces import Microbatch
 from .progress import progress_bar
 from .randomness import Seed
-from .results import Outcome, Result, Table, format_number
+from .results import Outcome, Result, Table, format_number, reading_notes
 from .vectors import Selection
 
 __all__ = ["MEASURES", "Measurement", "SharpnessReport", "sharpness"]
@@ -91,6 +91,8 @@ class SharpnessReport(Result):
         smallest: the smallest (most negative) eigenvalue, likewise; from the same products.
         trace: of the Hessian.
         notes: what a reader should know about how it was measured.
+        readings: how often the data were read anew after the first time; 0 where they are kept on
+            the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -114,6 +116,7 @@ class SharpnessReport(Result):
     smallest: EigenResult | None
     trace: TraceResult | None
     notes: tuple[str, ...]
+    readings: int = 0
 
     def measurements(self) -> tuple[Measurement, ...]:
         """Every number of the report as a line of its own."""
@@ -164,7 +167,7 @@ class SharpnessReport(Result):
             tuple(_report_row(line) for line in self.measurements()),
             title=f"Sharpness of {self.model}: {self.parameters} parameters, "
             f"{self.examples} examples, mode {self.mode!r}",
-            notes=self.notes,
+            notes=reading_notes(self.readings) + self.notes,
         )
 
 
@@ -329,6 +332,7 @@ def sharpness(
         smallest=smallest,
         trace=total,
         notes=_notes(objective, operator),
+        readings=objective.batches.readings - 1,
     )
 
 
@@ -368,4 +372,4 @@ def _notes(objective: Objective, operator: HessianOperator) -> tuple[str, ...]:
             f"{operator.reason[:-1]}: Hessian products are differences of gradients, with an "
             f"estimated error of up to {operator.error:.1e} for unit vectors."
         )
-    return tuple(notes)
+    return (*notes, *operator.notes)

@@ -19,7 +19,7 @@ import torch
 
 from .errors import InvalidArgumentError, closest
 
-__all__ = ["Outcome", "Result", "Table", "format_number"]
+__all__ = ["Outcome", "Result", "Table", "format_number", "reading_notes"]
 
 R = TypeVar("R", bound="Result")
 
@@ -92,6 +92,19 @@ def format_number(value: float | None, digits: int = 4) -> str:
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{digits}g}"
+
+
+def reading_notes(readings: int) -> tuple[str, ...]:
+    """What a table says of data that had to be read anew.
+
+    Examples:
+        >>> reading_notes(0), reading_notes(27)
+        ((), ('The data were read 27 times, since they are not kept on the device.',))
+    """
+    if readings == 0:
+        return ()
+    times = "once" if readings == 1 else f"{readings} times"
+    return (f"The data were read {times}, since they are not kept on the device.",)
 
 
 @dataclasses.dataclass(frozen=True)

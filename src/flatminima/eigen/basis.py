@@ -97,9 +97,11 @@ class Basis:
         """Put combinations of the first `count` rows in their place, a strip at a time."""
         if count == 0:
             return
-        small = torch.as_tensor(coefficients.T.copy()).to(self.device, self.wide)
+        # In float64 where there is: PyTorch may be set to multiply float32 matrices in less.
+        exact = self.wide if self.device.type == "mps" else torch.float64
+        small = torch.as_tensor(coefficients.T.copy()).to(self.device, exact)
         for columns in self._strips(count):
-            block = self.rows[:count, columns].to(self.wide)
+            block = self.rows[:count, columns].to(exact)
             self.rows[: len(small), columns] = (small @ block).to(self.dtype)
 
     def _strips(self, count: int) -> list[slice]:

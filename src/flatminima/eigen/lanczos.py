@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -130,6 +131,7 @@ def lanczos(
         device=None if basis_device is None else check_device(call, basis_device),
         dtype=basis_dtype,
     )
+    before = operator.readings
     with (
         operator.session(),
         progress_bar("lanczos", total=limit, unit="product", show=progress) as bar,
@@ -145,6 +147,7 @@ def lanczos(
                 break
             bar.set_postfix_str(f"largest residual {solver.worst:.1e}", refresh=False)
             bar.update()
+    result = dataclasses.replace(result, readings=operator.readings - before, notes=operator.notes)
     return finish(result, call=call, bound=tol * solver.scale, strict=strict)
 
 

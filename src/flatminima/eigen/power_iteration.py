@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def power_iteration(
     generator = as_generator(seed, operator.device)
     found = torch.zeros(k, n, dtype=operator.dtype, device=operator.device)
     images = torch.zeros_like(found)
-    products, scale = 0, 0.0
+    products, scale, before = 0, 0.0, operator.readings
     with (
         operator.session(),
         progress_bar("power iteration", total=limit, unit="product", show=progress) as bar,
@@ -85,6 +86,7 @@ def power_iteration(
             )
             products += spent
     result = _rotated(found, images, products, tol, operator.error)
+    result = dataclasses.replace(result, readings=operator.readings - before, notes=operator.notes)
     bound = tol * float(result.eigenvalues.abs().max())
     return finish(result, call="power_iteration", bound=bound, strict=strict)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_positive
 from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError, warn
-from ..results import Outcome, Result, Table, format_number
+from ..results import Outcome, Result, Table, format_number, reading_notes
 
 __all__ = ["EigenResult"]
 
@@ -29,6 +29,8 @@ class EigenResult(Result):
         which: the end of the spectrum that was asked for.
         tol: the tolerance that was asked for, relative to the largest |Ritz value|.
         method: the name of the solver.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -50,6 +52,8 @@ class EigenResult(Result):
     which: str
     tol: float
     method: str
+    readings: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def converged(self) -> bool:
@@ -100,7 +104,11 @@ class EigenResult(Result):
             header=("pair", "eigenvalue", "residual"),
             rows=rows,
             title=f"{len(rows)} eigenpairs ({self.which}) by {self.method}",
-            notes=(f"{self.outcome.value} {self.products} products.",),
+            notes=(
+                f"{self.outcome.value} {self.products} products.",
+                *reading_notes(self.readings),
+                *self.notes,
+            ),
         )
 
 

@@ -12,7 +12,7 @@ from ..errors import NonFiniteError
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator, rademacher
-from ..results import Outcome, Result, Table, format_number
+from ..results import Outcome, Result, Table, format_number, reading_notes
 
 __all__ = ["TraceResult", "trace"]
 
@@ -29,6 +29,8 @@ class TraceResult(Result):
         size: n; the mean eigenvalue is `value / size`.
         products: with the operator, one for each sample.
         outcome: completed.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -42,6 +44,8 @@ class TraceResult(Result):
     size: int
     products: int
     outcome: Outcome
+    readings: int = 0
+    notes: tuple[str, ...] = ()
 
     def _table(self) -> Table:
         return Table(
@@ -55,7 +59,7 @@ class TraceResult(Result):
                 ),
             ),
             title=f"Trace by Hutchinson's estimator, {self.products} products",
-            notes=(self.outcome.value,),
+            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
         )
 
 
@@ -95,6 +99,7 @@ def trace(
     itemsize = torch.empty(0, dtype=operator.dtype).element_size()
     width = max(1, min(products, BLOCK_BYTES // (n * itemsize)))
     samples: list[float] = []
+    before = operator.readings
     with (
         operator.session(),
         progress_bar("trace", total=products, unit="product", show=progress) as bar,
@@ -109,4 +114,12 @@ def trace(
         raise NonFiniteError(f"A product with {operator!r} holds NaN or infinity.")
     mean = math.fsum(samples) / products
     variance = math.fsum((s - mean) ** 2 for s in samples) / (products - 1)
-    return TraceResult(mean, math.sqrt(variance / products), n, products, Outcome.COMPLETED)
+    return TraceResult(
+        value=mean,
+        standard_error=math.sqrt(variance / products),
+        size=n,
+        products=products,
+        outcome=Outcome.COMPLETED,
+        readings=operator.readings - before,
+        notes=operator.notes,
+    )

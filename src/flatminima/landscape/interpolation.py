@@ -15,8 +15,9 @@ from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
 from ..metrics import Metric
 from ..modules import unwrapped, without_prefix
 from ..objective import Objective, check_objective
+from ..precision import precision_notes
 from ..progress import progress_bar
-from ..results import Outcome, Result, Table, format_number
+from ..results import Outcome, Result, Table, format_number, reading_notes
 from ..vectors import check_vector
 
 __all__ = ["Curve", "Interpolation", "interpolate"]
@@ -72,6 +73,7 @@ class Interpolation(Result):
         evaluations: passes over a data set.
         outcome: completed, or completed with values that are not finite.
         notes: what a reader should know about how it was computed.
+        readings: how often data were read anew for it; 0 where they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -95,6 +97,7 @@ class Interpolation(Result):
     evaluations: int
     outcome: Outcome
     notes: tuple[str, ...] = ()
+    readings: int = 0
 
     @property
     def loss(self) -> tuple[float, ...]:
@@ -116,7 +119,7 @@ class Interpolation(Result):
             tuple(header),
             tuple(tuple(format_number(v) for v in row) for row in zip(*columns, strict=True)),
             title=f"{self.path.capitalize()} interpolation, start at α = 0, end at α = 1",
-            notes=(self.outcome.value, *self.notes),
+            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
         )
 
 
@@ -196,19 +199,20 @@ def interpolate(
         _check_same(_model_state(other.model), first, f"the model of also[{name!r}]", "start")
     frozen = _model_state(objective.model) if buffers == "keep" else {}
     held = {n for n, _ in objective.model.named_buffers()} if buffers == "keep" else set()
+    kept = {name: frozen[name] for name in held if name in frozen}
     mixed = {n for n, t in first.items() if t.dtype.is_floating_point and n not in held}
 
+    data = {id(o): o.batches for o in objectives.values()}.values()
+    before = sum(batches.readings for batches in data)
     losses: dict[str, list[float]] = {name: [] for name in objectives}
     values: dict[str, dict[str, list[float]]] = {
         name: {m: [] for m in metrics or {}} for name in objectives
     }
     total = len(points) * len(objectives)
     with progress_bar("interpolation", total=total, unit="pass", show=progress) as bar:
-        for alpha in points:
-            state = _mixture(first, last, alpha, path, mixed)
-            state |= {name: frozen[name] for name in held if name in frozen}
-            for name, each in objectives.items():
-                loss, measured = each.evaluate_state(state, metrics)
+        for name, each in objectives.items():
+            states = (_mixture(first, last, alpha, path, mixed) | kept for alpha in points)
+            for loss, measured in each.evaluate_states(states, metrics):
                 losses[name].append(loss)
                 for metric_name, value in measured.items():
                     values[name][metric_name].append(value)
@@ -225,7 +229,8 @@ def interpolate(
         buffers=buffers,
         evaluations=total,
         outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
-        notes=_notes(mixed, points),
+        notes=_notes(mixed, points) + precision_notes(objective.model, objective.device),
+        readings=sum(b.readings for b in data) - before,
     )
 
 

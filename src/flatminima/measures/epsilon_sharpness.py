@@ -12,9 +12,10 @@ from ..checks import check_choice, check_integer, check_positive
 from ..errors import InvalidArgumentError
 from ..objective import Objective, check_objective
 from ..optimize.box import SOLVERS, maximize_over_box
+from ..precision import precision_notes
 from ..progress import progress_bar
 from ..randomness import Seed
-from ..results import Outcome, Result, Table, format_number
+from ..results import Outcome, Result, Table, format_number, reading_notes
 from ..vectors import GaussianSubspace
 
 __all__ = ["SharpnessResult", "epsilon_sharpness"]
@@ -39,6 +40,8 @@ class SharpnessResult(Result):
         evaluations: of loss and gradient that were made.
         outcome: why the maximisation stopped.
         displacement: θ* − θ of the maximum, shape (n,), when asked for.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -60,6 +63,8 @@ class SharpnessResult(Result):
     evaluations: int
     outcome: Outcome
     displacement: Tensor | None = None
+    readings: int = 0
+    notes: tuple[str, ...] = ()
 
     def _table(self) -> Table:
         where = "full space" if self.subspace is None else f"random subspace, p = {self.subspace}"
@@ -72,7 +77,7 @@ class SharpnessResult(Result):
                 ("evaluations", str(self.evaluations)),
             ),
             title=f"ε-sharpness, ε = {self.epsilon:g}, {where}",
-            notes=(self.outcome.value,),
+            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
         )
 
 
@@ -140,6 +145,7 @@ def epsilon_sharpness(
     check_integer(call, "iterations", iterations, low=1)
     check_integer(call, "restarts", restarts, low=0)
     check_choice(call, "solver", solver, SOLVERS)
+    before = objective.batches.readings
     basis: GaussianSubspace | None = None
     point = objective.point()
     if subspace is None:
@@ -206,6 +212,8 @@ def epsilon_sharpness(
         evaluations=found.evaluations,
         outcome=outcome,
         displacement=displacement,
+        readings=objective.batches.readings - before,
+        notes=precision_notes(objective.model, objective.device),
     )
 
 

@@ -17,7 +17,7 @@ from ..objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator, rademacher
-from ..results import Outcome, Result, Table, format_number
+from ..results import Outcome, Result, Table, format_number, reading_notes
 
 __all__ = ["LayerCurvature", "LayerwiseResult", "layerwise"]
 
@@ -84,6 +84,7 @@ class LayerwiseResult(Result):
         passes: over the data, for the eigenvalues of all blocks together.
         outcome: converged where every block's eigenvalue is; otherwise the first other one.
         notes: what a reader should know about how it was measured.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -100,6 +101,7 @@ class LayerwiseResult(Result):
     passes: int
     outcome: Outcome
     notes: tuple[str, ...]
+    readings: int = 0
 
     def _table(self) -> Table:
         cost = f"{self.trace_products} products for the traces, {self.passes} passes over the data"
@@ -107,7 +109,11 @@ class LayerwiseResult(Result):
             header=_HEADER,
             rows=tuple(map(_row, self.layers)),
             title="Curvature of each module: diagonal blocks of the Hessian",
-            notes=(f"{self.outcome.value} {cost} for all eigenvalues together.", *self.notes),
+            notes=(
+                f"{self.outcome.value} {cost} for all eigenvalues together.",
+                *reading_notes(self.readings),
+                *self.notes,
+            ),
         )
 
 
@@ -167,6 +173,7 @@ def layerwise(
     tol = check_tolerance(call, tol, objective.dtype)
     check_integer(call, "max_products", max_products, low=1)
     operator = HessianOperator(objective)
+    before = operator.readings
     groups = _groups(objective, depth)
     generator = as_generator(seed, objective.device)
     with operator.session():
@@ -203,7 +210,8 @@ def layerwise(
         trace_products=trace_products,
         passes=passes,
         outcome=late[0].outcome if late else Outcome.CONVERGED,
-        notes=(operator.reason,) if operator.reason else (),
+        notes=((operator.reason,) if operator.reason else ()) + operator.notes,
+        readings=operator.readings - before,
     )
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_positive
 from ..objective import Objective, check_objective
+from ..precision import precision_notes
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
-from ..results import Outcome, Result, Table, format_number
+from ..results import Outcome, Result, Table, format_number, reading_notes
 
 __all__ = ["RandomSharpnessResult", "TensorSharpness", "random_sharpness"]
 
@@ -66,6 +69,8 @@ class RandomSharpnessResult(Result):
             comes on top of it.
         evaluations: of the loss.
         outcome: completed, or why the value should not be trusted.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -92,6 +97,8 @@ class RandomSharpnessResult(Result):
     resolution: float
     evaluations: int
     outcome: Outcome
+    readings: int = 0
+    notes: tuple[str, ...] = ()
 
     def _table(self) -> Table:
         whole = TensorSharpness("overall", self.value, self.mean, self.standard_deviation)
@@ -102,6 +109,8 @@ class RandomSharpnessResult(Result):
             notes=(
                 f"{self.outcome.value} Rounding of the loss itself can add "
                 f"{format_number(self.resolution, 2)}.",
+                *reading_notes(self.readings),
+                *self.notes,
             ),
         )
 
@@ -162,31 +171,22 @@ def random_sharpness(
     epsilon = check_positive(call, "epsilon", epsilon)
     check_integer(call, "samples", samples, low=1)
     check_choice(call, "scope", scope, ("tensor", "all"))
-    layout = objective.layout
     generator = as_generator(seed, objective.device)
-    point = objective.point()
-    amplitude = torch.full_like(point, epsilon)
-    if relative:
-        for _, place in layout.slices():
-            amplitude[place] *= point[place].square().mean().sqrt()
-    places = list(layout.slices()) if scope == "tensor" else [("all", slice(0, layout.size))]
-    displacement = torch.zeros_like(point)
+    before = objective.batches.readings
+    names = objective.layout.names
+    places = [(name,) for name in names] if scope == "tensor" else [names]
     loss = objective.loss()
     values = np.empty((len(places), samples))
     total = values.size
+    states = (
+        _perturbed(objective, place, epsilon, relative, generator)
+        for place in places
+        for _ in range(samples)
+    )
     with progress_bar("random sharpness", total=total, unit="loss", show=progress) as bar:
-        for i, (_, place) in enumerate(places):
-            for j in range(samples):
-                draw = torch.randn(
-                    place.stop - place.start,
-                    generator=generator,
-                    device=generator.device,
-                    dtype=point.dtype,
-                )
-                displacement[place] = draw.to(point.device) * amplitude[place]
-                values[i, j] = abs(objective.loss_at(displacement) - loss) / epsilon
-                bar.update()
-            displacement[place] = 0
+        for number, (moved, _) in enumerate(objective.evaluate_states(states)):
+            values.flat[number] = abs(moved - loss) / epsilon
+            bar.update()
     resolution = 2 * float(torch.finfo(objective.dtype).eps) * abs(loss) / epsilon
     outcome = Outcome.COMPLETED
     if not np.isfinite(values).all():
@@ -194,11 +194,12 @@ def random_sharpness(
     elif values.max() <= resolution:
         outcome = Outcome.BELOW_ROUNDING
     whole = _summary("overall", values)
+    labels = names if scope == "tensor" else ("all",)
     return RandomSharpnessResult(
         value=whole.value,
         mean=whole.mean,
         standard_deviation=whole.standard_deviation,
-        tensors=tuple(_summary(name, row) for (name, _), row in zip(places, values, strict=True)),
+        tensors=tuple(_summary(name, row) for name, row in zip(labels, values, strict=True)),
         loss=loss,
         epsilon=epsilon,
         samples=samples,
@@ -207,7 +208,34 @@ def random_sharpness(
         resolution=resolution,
         evaluations=total + 1,
         outcome=outcome,
+        readings=objective.batches.readings - before,
+        notes=precision_notes(objective.model, objective.device),
     )
+
+
+def _perturbed(
+    objective: Objective,
+    names: Sequence[str],
+    epsilon: float,
+    relative: bool,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The tensors of these names with noise on them, drawn at once; nothing of the others."""
+    own = objective.parameters
+    dtype = objective.dtype
+    sizes = [own[name].numel() for name in names]
+    draw = torch.randn(sum(sizes), generator=generator, device=generator.device, dtype=dtype)
+    noise = torch.split(draw.to(objective.device), sizes)
+    state = {}
+    for name, z in zip(names, noise, strict=True):
+        tensor = own[name].detach()
+        dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        wide = dense.to(dtype)
+        amplitude = torch.full((), epsilon, dtype=dtype, device=z.device)
+        if relative:
+            amplitude *= wide.square().mean().sqrt()
+        state[name] = (wide + (z * amplitude).view(wide.shape)).to(tensor.dtype)
+    return state
 
 
 def _summary(name: str, values: NDArray[np.float64]) -> TensorSharpness:

@@ -22,9 +22,11 @@ from ..errors import (
     NotTwiceDifferentiableError,
     warn,
 )
-from ..evaluation import Evaluated, LossOf, Prepare
+from ..evaluation import Prepare
+from ..forward import Evaluated, LossOf
 from ..kept import CompiledGraph, Graph, KeepGraph, KeptGraphs
 from ..objective import Objective, check_objective
+from ..precision import precision_notes, working_eps
 from ..products import Block, GradientGraph, Pieces, central_differences, where
 from ..randomness import as_generator, rademacher
 from ..tracing import GraphTrace
@@ -68,7 +70,8 @@ class HessianOperator(LinearOperator):
             "finite_differences".
         error: the largest error of a product with a unit vector that has been estimated so far;
             0 where products are exact.
-        floor: 100 units of precision of the loss, from the first product on.
+        floor: 100 units of precision of the loss, from the first product on; one unit of the
+            type that PyTorch's settings or autocast let the model compute in, if that is more.
         reason: why products are differences, a sentence; "" where they are exact or were asked
             to be differences.
 
@@ -152,6 +155,16 @@ class HessianOperator(LinearOperator):
     def compile_seconds(self) -> float:
         """Time that `method="compile"` has spent on tracing, compiling and checking so far."""
         return self._compiled.compile_seconds
+
+    @property
+    def readings(self) -> int:
+        """How often the data have been read anew, where they are not kept on the device."""
+        return self.objective.batches.readings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Autocast and short types in place of float32, where they are on."""
+        return precision_notes(self.objective.model, self.device)
 
     @property
     def kept_bytes(self) -> int:
@@ -239,7 +252,8 @@ class HessianOperator(LinearOperator):
         )
         if not math.isnan(loss):
             # What cancels exactly on paper, such as a bias before batch norm, leaves this much.
-            self.floor = 100 * torch.finfo(self.dtype).eps * abs(loss)
+            eps = working_eps(self.objective.model, self.device)
+            self.floor = max(100 * torch.finfo(self.dtype).eps, eps) * abs(loss)
         return product
 
     def _preparation(self) -> Prepare | None:
@@ -278,10 +292,7 @@ class HessianOperator(LinearOperator):
 
     def _difference(self, vector: Tensor) -> Tensor:
         objective = self.objective
-        types = list(objective.layout.dtypes)
-        if torch.is_autocast_enabled(self.device.type):
-            types.append(torch.get_autocast_dtype(self.device.type))
-        eps = max(torch.finfo(dtype).eps for dtype in types)
+        eps = working_eps(objective.model, self.device)
         product, error = central_differences(
             lambda shift: objective.value_and_gradient(shift)[1], vector, objective.point(), eps
         )

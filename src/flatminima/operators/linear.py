@@ -62,6 +62,16 @@ class LinearOperator(ABC):
         self.error = 0.0
         self.floor = 0.0
 
+    @property
+    def readings(self) -> int:
+        """How often data that are not kept on the device have been read for it so far."""
+        return 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a result should say of how products are computed at present."""
+        return ()
+
     @abstractmethod
     def _products(self, vectors: Tensor) -> Tensor:
         """The products with the rows of `vectors` (k, n), as the rows of a new tensor (k, n)."""

@@ -1,0 +1,98 @@
+"""In what precision PyTorch computes, where its settings make that less than the tensors' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["precision_notes", "working_eps"]
+
+SHORT = {"tf32": ("TF32", 2.0**-10), "bf16": ("bfloat16", 2.0**-7)}
+"""What products of float32 may be computed in, by PyTorch's name for it, with its precision."""
+
+
+def precision_notes(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """Sentences for a result: autocast, and short types in place of float32; () without either.
+
+    PyTorch's settings are read, never changed. Whether the hardware follows them is not known.
+
+    Args:
+        model: asked for float32 parameters, and for convolutions and recurrent layers.
+        device: where it computes.
+    """
+    notes = []
+    if torch.is_autocast_enabled(device.type):
+        name = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+        notes.append(f"Computed under autocast, much of it in {name}.")
+    found = _short_types(model, device)
+    for kind in dict.fromkeys(found.values()):
+        operations = [operation for operation, k in found.items() if k == kind]
+        notes.append(
+            f"float32 {_listed(operations)} may be computed in {SHORT[kind][0]}, as "
+            "PyTorch's settings allow."
+        )
+    return tuple(notes)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+
+
+def working_eps(model: nn.Module, device: torch.device) -> float:
+    """The coarsest precision that the parameters and PyTorch's settings let a model compute in."""
+    types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    if torch.is_autocast_enabled(device.type):
+        types.add(torch.get_autocast_dtype(device.type))
+    found = [float(torch.finfo(dtype).eps) for dtype in types]
+    return max(found + [SHORT[kind][1] for kind in _short_types(model, device).values()])
+
+
+def _short_types(model: nn.Module, device: torch.device) -> dict[str, str]:
+    """For each kind of operation that may be computed in a short type, which that is."""
+    parameters = list(model.parameters())
+    if all(p.dtype != torch.float32 for p in parameters):
+        return {}
+    b = torch.backends
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return {}
+        settings = {
+            "matrix products": _setting(b.cuda.matmul, lambda: b.cuda.matmul.allow_tf32),
+            "convolutions": _setting(b.cudnn, lambda: b.cudnn.allow_tf32, "conv"),
+            "recurrent layers": _setting(b.cudnn, lambda: b.cudnn.allow_tf32, "rnn"),
+        }
+    elif device.type == "cpu":
+        # The older setting: of its values only this one has a meaning for the CPU.
+        older = {"medium": "bf16"}
+        settings = {
+            "matrix products": _setting(
+                b.mkldnn, lambda: older.get(torch.get_float32_matmul_precision()), "matmul"
+            ),
+            "convolutions": _setting(b.mkldnn, lambda: None, "conv"),
+            "recurrent layers": _setting(b.mkldnn, lambda: None, "rnn"),
+        }
+    else:
+        return {}
+    present = {
+        "matrix products": True,
+        # Also those that a model calls as functions: their kernels have three dimensions or more.
+        "convolutions": any(p.dim() > 2 for p in parameters),
+        "recurrent layers": any(isinstance(m, nn.RNNBase) for m in model.modules()),
+    }
+    return {o: kind for o, kind in settings.items() if kind in SHORT and present[o]}
+
+
+def _setting(backend: Any, older: Callable[[], Any], operation: str = "") -> Any:
+    """`fp32_precision` of a backend's operation; releases before 2.9 have `allow_tf32` instead.
+
+    Asking for the older one is an error where somebody has set the newer.
+    """
+    part = getattr(backend, operation, None) if operation else backend
+    kind = getattr(part, "fp32_precision", None)
+    if kind is None:
+        value = older()
+        return {True: "tf32", False: None}.get(value, value)
+    return kind

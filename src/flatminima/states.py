@@ -1,0 +1,102 @@
+"""Many points of the parameter space, several of them to a reading of the data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from .evaluation import Evaluator, Point
+from .forward import Evaluated
+from .metrics import Metric, label_count, metric_value
+
+__all__ = ["State", "evaluated"]
+
+State = Mapping[str, Tensor]
+"""Parameters and buffers by name, in place of the model's own."""
+
+HELD_BYTES = 2**28
+VECTORS = 4
+"""States that are evaluated in one reading take at most `HELD_BYTES` with their private copies, or
+the memory of so many parameter vectors where that is more."""
+
+
+def evaluated(
+    evaluator: Evaluator, states: Iterable[State], metrics: Mapping[str, Metric]
+) -> Iterator[tuple[float, dict[str, float]]]:
+    """The loss and the metrics at each state, in order, as they come.
+
+    Where the batches are kept on the device, one state is made and evaluated after the other.
+    Where they are read anew, each reading serves as many states as fit into a budget of memory.
+    Neither changes a number.
+    """
+    model = evaluator.model
+    size = sum(_bytes(p) for p in model.parameters())
+    budget = 0 if evaluator.batches.cached else max(HELD_BYTES, VECTORS * size)
+    for chunk in _chunks(states, budget):
+        own = {n for n, _ in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+        means = [_Means(metrics) for _ in chunk]
+        points = [
+            Point(
+                functools.partial(_clones, {n: t for n, t in state.items() if n in own}),
+                {n: state.get(n, b) for n, b in buffers.items()},
+                mean.add,
+            )
+            for state, mean in zip(chunk, means, strict=True)
+        ]
+        losses = evaluator.mean_losses(points, check=False, derivatives=0)
+        del chunk, points
+        yield from zip(losses, [mean.values() for mean in means], strict=True)
+
+
+def _chunks(states: Iterable[State], budget: int) -> Iterator[list[State]]:
+    """The states in lists of at most `budget` bytes, one state at least."""
+    chunk: list[State] = []
+    held = 0
+    for state in states:
+        # With the private copy that is evaluated.
+        size = 2 * sum(map(_bytes, state.values()))
+        chunk.append(state)
+        held += size
+        # Not held on to while the next one is made.
+        del state
+        if held + size > budget:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _clones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+class _Means:
+    """The mean of each metric over the batches that it is shown."""
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self._metrics = metrics
+        self._sums = dict.fromkeys(metrics, 0.0)
+        self._counts = dict.fromkeys(metrics, 0.0)
+
+    def add(self, seen: Evaluated) -> None:
+        """One batch, or a piece of one."""
+        count = label_count(seen.target)
+        count = seen.batch.weight if count is None else count
+        for name, metric in self._metrics.items():
+            if count > 0:
+                value = metric_value(name, metric(seen.output, seen.target))
+                self._sums[name] += count * value
+                self._counts[name] += count
+
+    def values(self) -> dict[str, float]:
+        """By name; NaN where nothing was counted."""
+        counts = self._counts
+        return {n: s / counts[n] if counts[n] else math.nan for n, s in self._sums.items()}
