@@ -537,7 +537,8 @@ def test_a_restart_needs_no_second_basis(monkeypatch):
         known = watch.most
         basis.rotate(turn.numpy(), 30)
     assert known == view.untyped_storage().nbytes() == 4 * 30 * LONG
-    assert watch.most - known < 4 * 4 * 2**14
+    # A strip and what it becomes, in float64.
+    assert watch.most - known < 8 * 4 * 2**14
     torch.testing.assert_close(basis.rows[:17], turn.float().T @ before, rtol=0, atol=1e-4)
 
 
