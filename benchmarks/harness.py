@@ -52,9 +52,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def now(device: str) -> float:
+def now(device: str | torch.device) -> float:
     """The time in seconds once the device has done its work."""
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

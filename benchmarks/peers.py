@@ -128,11 +128,11 @@ class PyHessian(Method):
         self, problem: Problem, k: int, setting: dict[str, Any], budget: float = math.inf
     ) -> Found:
         """`hessian(...).eigenvalues(...)`."""
-        module = importlib.import_module("pyhessian.hessian")
+        module: Any = importlib.import_module("pyhessian.hessian")
         options = dict(setting)
         if options.pop("one_batch"):
             inputs, targets = zip(*problem.batches, strict=True)
-            data = {"data": (torch.cat(inputs), torch.cat(targets))}
+            data: dict[str, Any] = {"data": (torch.cat(inputs), torch.cat(targets))}
         else:
             data = {"dataloader": problem.batches}
         cuda = problem.device.startswith("cuda")

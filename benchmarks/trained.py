@@ -50,7 +50,7 @@ def _trained(
     """The model after some steps of Adam on batches of equal size, drawn from a seed."""
     inputs, labels = data
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    parts = order[: batches * BATCH].split(BATCH)
+    parts = torch.chunk(order[: batches * BATCH], batches)
     problem = Problem(model, [(inputs[part], labels[part]) for part in parts], device)
     problem.train(steps)
     return problem
