@@ -234,8 +234,8 @@ def draw(series: dict[str, list[Point]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and draw."""
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, nargs="+", default=PARAMETERS)
-    parser.add_argument("--examples", type=float, nargs="+", default=EXAMPLES)
+    parser.add_argument("--parameters", type=float, nargs="*", default=PARAMETERS)
+    parser.add_argument("--examples", type=float, nargs="*", default=EXAMPLES)
     parser.add_argument("--basis-size", type=int, help="of Lanczos; its default unless told")
     parser.add_argument("--figure", type=Path, help=f"{FIGURE.relative_to(ROOT)} unless --quick")
     parser.add_argument("--quick", action="store_true", help="two small sizes of each")
@@ -250,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.figure is None:
         options.figure = FIGURE
     sizes = {"parameters": sorted(options.parameters), "examples": sorted(options.examples)}
+    sizes = {axis: values for axis, values in sizes.items() if values}
     place: dict[str, Callable[[float], tuple[float, float]]] = {
         "parameters": lambda size: (size, FEW_EXAMPLES),
         "examples": lambda size: (FEW_PARAMETERS, size),
