@@ -11,12 +11,14 @@ first that passes is timed; flatminima is asked for 1e-3 and not helped further.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import dataclasses
 import functools
 import math
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,9 @@ from .peers import METHODS, TOLERANCE, BudgetSpentError, Found, Method
 from .trained import TRAINED
 
 HEADER = ("k", "method", "setting", "seconds", "products", "residual", "error of λ", "time ratio")
+
+LONGEST = 3
+"""Budgets after which a single run is broken off."""
 
 
 class Judge:
@@ -123,6 +128,8 @@ class Entry:
     error: float = math.inf
     products: int = 0
     note: str = ""
+    failed: bool = False
+    """Whether the library gave an error."""
 
     @property
     def name(self) -> str:
@@ -150,9 +157,10 @@ class Entry:
     def cells(self, k: int, seconds: float, mine: float) -> tuple[str, ...]:
         """The row of the table."""
         setting = ", ".join(f"{key}={value}" for key, value in (self.setting or {}).items())
-        if self.setting is None:
-            return (str(k), self.name, self.note, "", "", "", "", "")
         over = "" if self.passed else "> "
+        if self.setting is None:
+            times = ("", "") if self.failed else (f"> {seconds:.3g}", f"> {seconds / mine:.1f}")
+            return (str(k), self.name, self.note, times[0], "", "", "", times[1])
         setting += f" ({self.note})" if self.note else ""
         measured = (f"{over}{seconds:.3g}", str(self.products), f"{self.residual:.1e}")
         ratio = f"{over}{seconds / mine:.1f}"
@@ -171,7 +179,7 @@ def searched(
                     entry.note = f"cut off after {spent:.0f} s in all"
                     break
                 start = now(problem.device)
-                found = entry.method.solve(problem, k, setting, 2 * budget)
+                found = entry.method.solve(problem, k, setting, LONGEST * budget)
                 seconds = now(problem.device) - start
                 spent += seconds
                 residual, error = judge.verdict(found)
@@ -184,10 +192,12 @@ def searched(
                 if passed:
                     break
     except BudgetSpentError:
-        entry.note = f"cut off after {2 * budget:.0f} s"
+        if entry.setting is None:
+            entry.seconds = LONGEST * budget
+        entry.note = f"cut off after {LONGEST * budget:.0f} s"
     except Exception as error_of_library:
-        text = str(error_of_library).strip().split("\n")[0]
-        entry.note = f"fails: {text[:100]}".replace("|", "¦")
+        text = textwrap.shorten(str(error_of_library), 90, placeholder=" …")
+        entry.note, entry.failed = f"fails: {text}".replace("|", "¦"), True
         if entry.fused:
             yield entry
             yield from searched(Entry(entry.method, fused=False), problem, judge, k, budget)
@@ -195,14 +205,18 @@ def searched(
     yield entry
 
 
-def compared(problem: Problem, judge: Judge, k: int, options: Any) -> list[tuple[str, ...]]:
-    """The rows for one k."""
+def compared(
+    problem: Problem, judge: Judge, k: int, options: argparse.Namespace, failed: set[str]
+) -> list[tuple[str, ...]]:
+    """The rows for one k; `failed` names those that need oneDNN switched off, once it is known."""
     entries = []
     for method in METHODS:
         if method.installed:
             print(f"  k = {k}: {method.name}", file=sys.stderr, flush=True)
-            first = Entry(method, fused=True)
-            entries += list(searched(first, problem, judge, k, options.budget))
+            first = Entry(method, fused=method.name not in failed)
+            found = list(searched(first, problem, judge, k, options.budget))
+            failed |= {entry.method.name for entry in found if entry.failed}
+            entries += found
     # Those that take long are not run again: their ratios are far from one.
     short = {
         entry.name: functools.partial(entry.run, problem, k)
@@ -241,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         values = judge.values.tolist()
         ends = ", ".join(f"λ{i} = {values[i - 1]:.3g}" for i in sorted({1, *options.k}))
         print(f"\n**{name}**: {description}; n = {problem.size}; {ends}\n")
-        rows = [row for k in options.k for row in compared(problem, judge, k, options)]
+        failed: set[str] = set()
+        rows = [row for k in options.k for row in compared(problem, judge, k, options, failed)]
         print_table(HEADER, rows)
 
 
