@@ -151,7 +151,10 @@ def in_a_process_of_its_own(
 def slope(points: Sequence[Point], axis: str, quantity: str) -> float:
     """Of log quantity over log size at the large end: 1 where it grows in proportion."""
     end = points[-LARGE_END:]
-    x, y = (np.log([getattr(p, name) for p in end]) for name in (axis, quantity))
+    sizes, values = ([getattr(p, name) for p in end] for name in (axis, quantity))
+    if min(values) <= 0:  # less memory than is told apart
+        return math.nan
+    x, y = np.log(sizes), np.log(values)
     return float(np.polyfit(x, y, 1)[0])
 
 
@@ -209,6 +212,8 @@ def draw(series: dict[str, list[Point]], path: Path) -> None:
     )
     for column, (axis, points) in enumerate(series.items()):
         sizes = np.array([getattr(p, axis) for p in points], dtype=float)
+        other = "examples" if axis == "parameters" else "parameters"
+        axes[0][column].set_title(f"{getattr(points[0], other):,} {other}")
         for row, (label, names) in enumerate(rows):
             panel = axes[row][column]
             for name in names:
