@@ -35,7 +35,7 @@ from .trained import TRAINED
 
 HEADER = ("k", "method", "setting", "seconds", "products", "residual", "error of λ", "time ratio")
 
-LONGEST = 3
+LONGEST = 1.5
 """Budgets after which a single run is broken off."""
 
 

@@ -112,14 +112,14 @@ class PyHessian(Method):
     name, package = "PyHessian", "pyhessian"
 
     def settings(self, problem: Problem, k: int, budget: float) -> Iterator[dict[str, Any]]:
-        """Tolerances, with as many iterations for each pair as fit the budget."""
+        """Tolerances, with as many iterations for a pair as fit the whole budget."""
         seconds = {}
         for one_batch in (False, True):
             start = time.perf_counter()
             found = self.solve(problem, 1, {"one_batch": one_batch, "maxIter": 5, "tol": 0.0})
             seconds[one_batch] = (time.perf_counter() - start) / found.products
         fastest = min(seconds, key=lambda key: seconds[key])
-        iterations = max(2, int(budget / (k * seconds[fastest])))
+        iterations = math.ceil(budget / seconds[fastest])
         for exponent in range(3, 9):
             tol = 10.0**-exponent
             yield {"one_batch": fastest, "maxIter": iterations, "tol": tol}
