@@ -53,7 +53,9 @@ class Judge:
         self.count = sum(len(y) for _, y in problem.batches)
         self.gradients = []
         for x, y in problem.batches:
-            loss = problem.loss_fn(model(x.double()), y) * (len(y) / self.count)
+            # cuDNN's recurrent kernels have no second derivatives.
+            with torch.backends.cudnn.flags(enabled=False):
+                loss = problem.loss_fn(model(x.double()), y) * (len(y) / self.count)
             self.gradients.append(torch.autograd.grad(loss, self.parameters, create_graph=True))
         self.device = problem.device
         self.values = self._reference(problem.size, k)
@@ -121,7 +123,8 @@ class Entry:
 
     method: Method
     fused: bool
-    """Whether oneDNN's kernels were on."""
+    """Whether the kernels of oneDNN (on the CPU) or cuDNN (on CUDA) were on."""
+    cuda: bool
     setting: dict[str, Any] | None = None
     seconds: float = math.nan
     residual: float = math.inf
@@ -134,7 +137,8 @@ class Entry:
     @property
     def name(self) -> str:
         """With what was changed for it."""
-        return self.method.name + ("" if self.fused else ", oneDNN off")
+        library = "cuDNN" if self.cuda else "oneDNN"
+        return self.method.name + ("" if self.fused else f", {library} off")
 
     @property
     def passed(self) -> bool:
@@ -142,10 +146,11 @@ class Entry:
         return self.residual <= TOLERANCE and self.error <= TOLERANCE
 
     def kernels(self) -> contextlib.AbstractContextManager[None]:
-        """Of oneDNN, on or off."""
+        """The library's, on or off."""
         if self.fused:
             return contextlib.nullcontext()
-        flags: contextlib.AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
+        backend: Any = torch.backends.cudnn if self.cuda else torch.backends.mkldnn
+        flags: contextlib.AbstractContextManager[None] = backend.flags(enabled=False)
         return flags
 
     def run(self, problem: Problem, k: int) -> None:
@@ -200,7 +205,7 @@ def searched(
         entry.note, entry.failed = f"fails: {text}".replace("|", "¦"), True
         if entry.fused:
             yield entry
-            yield from searched(Entry(entry.method, fused=False), problem, judge, k, budget)
+            yield from searched(Entry(entry.method, False, entry.cuda), problem, judge, k, budget)
             return
     yield entry
 
@@ -208,12 +213,12 @@ def searched(
 def compared(
     problem: Problem, judge: Judge, k: int, options: argparse.Namespace, failed: set[str]
 ) -> list[tuple[str, ...]]:
-    """The rows for one k; `failed` names those that need oneDNN switched off, once it is known."""
+    """The rows for one k; `failed` names those that need fused kernels off."""
     entries = []
     for method in METHODS:
         if method.installed:
             print(f"  k = {k}: {method.name}", file=sys.stderr, flush=True)
-            first = Entry(method, fused=method.name not in failed)
+            first = Entry(method, method.name not in failed, problem.device.startswith("cuda"))
             found = list(searched(first, problem, judge, k, options.budget))
             failed |= {entry.method.name for entry in found if entry.failed}
             entries += found
