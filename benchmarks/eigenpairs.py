@@ -84,7 +84,7 @@ class Judge:
             LinearOperator((size, size), matvec=multiply, dtype=np.float64),
             k=k,
             which="LM",
-            tol=1e-7,
+            tol=1e-6,
             v0=np.random.default_rng(1).standard_normal(size),
             return_eigenvectors=False,
         )
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__.splitlines()[0], rounds=3)
     parser.add_argument("--models", nargs="+", choices=TRAINED, default=list(TRAINED))
     parser.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 50])
-    parser.add_argument("--budget", type=float, default=20, help="seconds for each and for each k")
+    parser.add_argument("--budget", type=float, default=15, help="seconds for each and for each k")
     parser.add_argument("--quick", action="store_true", help="the conv net, k = 1 and 3, one round")
     options = parser.parse_args(argv)
     if options.quick:
