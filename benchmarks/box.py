@@ -11,23 +11,21 @@ iterations, as the metric prescribes; the fastest of some runs counts, SciPy's a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import platform
-import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import scipy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from flatminima.optimize.box import BoxMaximum, maximize_over_box
 from flatminima.optimize.lbfgsb import MEMORY
+
+from .harness import arguments, machine, now, print_table
 
 ITERATIONS = 10
 MEMORY_SIZE = 10**6
@@ -52,13 +50,6 @@ class Hill:
         gradient = scaled.mul_(self.root)
         self.seconds += now(x.device) - start
         return value, gradient
-
-
-def now(device: torch.device) -> float:
-    """The time once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def maximized(hill: Hill, solver: str) -> BoxMaximum:
@@ -138,48 +129,41 @@ def peak_vectors(hill: Hill, solver: str) -> float:
     return float(tensors.most + arrays) / hill.target.nbytes
 
 
-def describe(device: torch.device) -> str:
-    """Machine and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return (
-        f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, python "
-        f"{platform.python_version()}"
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="SciPy at n = 1e7 too")
-    parser.add_argument("--threads", type=int, help="of torch; its default unless told")
+    parser.add_argument("--quick", action="store_true", help="n = 1e4 alone")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e5, 1e6, 1e7])
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.sizes, options.rounds = [1e4], 1
+    torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    print(f"{describe(device)}, {options.dtype} on {device}\n")
-    print(f"own seconds of {ITERATIONS} iterations")
-    print(f"{'n':>10}  {'lbfgsb':>8}  {'scipy':>8}  {'ratio':>6}  evaluations, maxima")
-    for size in map(int, options.sizes):
+    print(f"{machine(options.device)}; {options.device}, {options.dtype}")
+    print(f"\nOwn seconds of {ITERATIONS} iterations, the function's taken off:\n")
+    rows = []
+    sizes = [int(size) for size in options.sizes]
+    for size in tqdm(sizes, unit="size", leave=False):
         hill = Hill(size, dtype, device)
         solvers = ["lbfgsb", "scipy"] if size < 10**7 or options.full else ["lbfgsb"]
         runs: dict[str, list[Cost]] = {solver: [] for solver in solvers}
-        for number in range(5 if size <= 10**6 else 3):
+        for number in range(options.rounds):
             for solver in solvers:
                 if solver == "lbfgsb" or number * size < 2 * 10**6:
                     runs[solver].append(own_cost(hill, solver))
         best = {s: min(costs, key=lambda cost: cost.seconds) for s, costs in runs.items()}
-        mine, theirs = best["lbfgsb"], best.get("scipy")
-        counts = ", ".join(f"{c.found.evaluations}: {c.found.value:.6g}" for c in best.values())
-        columns = f"{theirs.seconds:8.3f}  {theirs.seconds / mine.seconds:6.1f}" if theirs else ""
-        print(f"{size:10d}  {mine.seconds:8.3f}  {columns:16}  {counts}", flush=True)
-    print(f"\npeak memory in vectors of n = {MEMORY_SIZE} and {options.dtype} (m = {MEMORY})")
-    hill = Hill(MEMORY_SIZE, dtype, device)
-    for solver in ("lbfgsb", "scipy"):
-        print(f"{solver:>10}  {peak_vectors(hill, solver):8.1f}", flush=True)
+        mine, theirs = best["lbfgsb"].seconds, best["scipy"].seconds if len(best) > 1 else None
+        other = [f"{theirs:.3g}", f"{theirs / mine:.1f}"] if theirs else ["", ""]
+        counts = " and ".join(f"{c.found.evaluations}: {c.found.value:.6g}" for c in best.values())
+        rows.append((f"{size:,}", f"{mine:.3g}", *other, counts))
+    print_table(("n", "lbfgsb", "scipy", "ratio", "evaluations: maximum"), rows)
+    size = min(MEMORY_SIZE, sizes[-1])
+    print(f"\nPeak memory in vectors of n = {size:,} (m = {MEMORY}):\n")
+    hill = Hill(size, dtype, device)
+    peaks = [(solver, f"{peak_vectors(hill, solver):.1f}") for solver in ("lbfgsb", "scipy")]
+    print_table(("solver", "vectors"), peaks)
 
 
 if __name__ == "__main__":

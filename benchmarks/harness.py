@@ -1,4 +1,4 @@
-"""Timing in turns, and what the figures were measured on."""
+"""Options, timing in turns, tables, and what the figures were measured on."""
 
 from __future__ import annotations
 
@@ -11,61 +11,76 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["arguments", "in_turns", "machine", "print_table"]
+__all__ = ["arguments", "in_turns", "machine", "now", "print_table"]
 
-PACKAGES = ("torch", "numpy", "scipy", "pyhessian", "curvlinops-for-pytorch", "hessian-eigenthings")
+PACKAGES = ("torch", "numpy", "scipy")
+PEERS = ("pyhessian", "curvlinops-for-pytorch", "hessian-eigenthings")
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, *, rounds: int = 5) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements of each, in turns")
     return parser
 
 
-def machine(device: str) -> str:
+def machine(device: str, *, peers: bool = False) -> str:
     """The machine and the versions, in a line."""
     versions = []
-    for name in PACKAGES:
+    for name in PACKAGES + PEERS * peers:
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} not installed")
-    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     threads = torch.get_num_threads()
-    return f"{chip}, {threads} threads, Python {platform.python_version()}, " + ", ".join(versions)
+    return (
+        f"{chip}, {threads} thread{'s' * (threads > 1)}, Python {platform.python_version()}, "
+        + ", ".join(versions)
+    )
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, or its kind."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def now(device: str | torch.device) -> float:
+    """The time in seconds once the device has done its work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def in_turns(
-    tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: str
+    tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: str, warm: bool = True
 ) -> dict[str, float]:
     """The median seconds of each task, run one after the other in every round.
 
-    Turns share whatever else the machine is doing, so that ratios hold where times do not. Each
-    task is run once before, which is not counted.
+    Turns share whatever else the machine is doing, so that ratios hold where times do not. With
+    `warm` each task is run once before, which is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm):
         for name, task in tasks.items():
-            _wait(device)
-            start = time.perf_counter()
+            start = now(device)
             task()
-            _wait(device)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+            end = now(device)
+            if number >= warm:
+                seconds[name].append(end - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows as a Markdown table."""
-    print("| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    """Rows as a Markdown table, aligned for reading as it is."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("| " + " | ".join(cells) + " |", flush=True)
