@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--quick", action="store_true", help="one small model, no compilation")
     options = parser.parse_args(argv)
+    if options.quick:
+        options.models, options.rounds = ["mlp"], 1
+        options.methods = [m for m in options.methods if m != "compile"]
     torch.set_num_threads(options.threads)
     print(machine(options.device))
     print()
