@@ -15,7 +15,7 @@ A second table has the parts of a reading that the library adds, in GB/s.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,22 +107,25 @@ def reading(examples: int, width: int, rounds: int) -> list[list[str]]:
     return [[name, f"{size / s:.1f}"] for name, s in seconds.items()]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = arguments("Many points, and readings of the data.")
+    parser = arguments("Many points, and readings of the data.", rounds=3)
     parser.add_argument("--points", type=int, default=8)
-    options = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="one small model and little data")
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(machine(options.device), f"{options.points} points", sep=", ", end="\n\n")
+    models = {"small MLP": small, **({} if options.quick else MODELS)}
+    examples = 10**3 if options.quick else 10**6
     rows = []
-    for name, make in {"small MLP": small, **MODELS}.items():
+    for name, make in models.items():
         rows.append([name, *ratios(make(options.device), options.points, options.rounds)])
     header = ["", "kept, one by one", "kept, all", "anew, one by one", "anew, all", "vmap"]
     print_table(header, rows)
     print()
-    print_table(["", "64 floats (GB/s)"], reading(10**6, 64, options.rounds))
+    print_table(["", "64 floats (GB/s)"], reading(examples, 64, options.rounds))
     print()
-    print_table(["", "3072 floats (GB/s)"], reading(10**4, 3072, options.rounds))
+    print_table(["", "3072 floats (GB/s)"], reading(examples // 100, 3072, options.rounds))
 
 
 if __name__ == "__main__":

@@ -517,3 +517,141 @@ def test_a_forward_that_looks_at_values_is_not_compiled():
 def test_cuda_graphs_need_a_cuda_device():
     with pytest.raises(fm.DeviceError, match=r"needs the model on a CUDA device.*cpu"):
         fm.HessianOperator(objective_of(), method="cuda_graph")
+
+
+# ------------------------------------------------------------------------- what else may change
+
+
+def check_change(model, loss_fn, change, **options):
+    """Products after a change within a session are those of a fresh operator."""
+    objective = fm.Objective(model, loss_fn, (X, Y), batch_size=8, **options)
+    operator = fm.HessianOperator(objective)
+    vector = vectors_for(objective)
+    with operator.session():
+        for _ in range(3):
+            before = operator @ vector
+        assert operator.kept_bytes > 0
+        change()
+        expected = dense(objective) @ vector
+        assert not torch.allclose(expected, before)
+        for _ in range(3):
+            torch.testing.assert_close(operator @ vector, expected)
+
+
+class Scaled(nn.Module):
+    """With settings of every kind among its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+        self.factor, self.factors, self.table = 1.0, [1.0], {"x": 1.0}
+        self.weights = torch.ones(2, dtype=torch.float64)
+
+    def forward(self, x):
+        factor = self.factor * self.factors[0] * self.table["x"]
+        return factor * self.inner(x) * self.weights
+
+
+CHANGES = {
+    "number": lambda m: setattr(m, "factor", 2.0),
+    "list": lambda m: m.factors.__setitem__(0, 2.0),
+    "mapping": lambda m: m.table.update(x=2.0),
+    "tensor": lambda m: setattr(m, "weights", torch.full((2,), 2.0, dtype=torch.float64)),
+    "written": lambda m: m.weights.mul_(2.0),
+    "module": lambda m: m.inner.__setitem__(1, nn.Sigmoid()),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_attributes_that_change_meanwhile_are_seen(kind):
+    model = Scaled()
+    check_change(model, nn.MSELoss(), lambda: CHANGES[kind](model))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("kind", ["list", "tensor"])
+def test_compiled_products_follow_attributes(kind):
+    model = Scaled()
+    objective = fm.Objective(model, nn.MSELoss(), (X, Y))
+    operator = fm.HessianOperator(objective, method="compile")
+    vector = vectors_for(objective)
+    for _ in range(2):
+        before = operator @ vector
+    CHANGES[kind](model)
+    expected = dense(objective) @ vector
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(operator @ vector, expected)
+
+
+def test_a_loss_function_that_changes_meanwhile_is_seen():
+    loss_fn = nn.HuberLoss(delta=0.1)
+    check_change(net(), loss_fn, lambda: setattr(loss_fn, "delta", 0.5))
+
+
+def test_data_that_are_written_to_meanwhile_are_seen():
+    data = [(X.clone(), Y.clone())]
+    objective = fm.Objective(net(), nn.MSELoss(), data)
+    operator = fm.HessianOperator(objective)
+    vector = vectors_for(objective)
+    with operator.session():
+        for _ in range(3):
+            operator @ vector
+        data[0][0].mul_(2.0)
+        torch.testing.assert_close(operator @ vector, dense(objective) @ vector)
+
+
+def test_buffers_that_hold_nan_do_not_keep_graphs_from_being_kept():
+    model = net()
+    model.register_buffer("unused", torch.full((2,), torch.nan))
+    operator = fm.HessianOperator(objective_of(model))
+    with operator.session():
+        for _ in range(5):
+            operator @ vectors_for(operator.objective)
+    assert Counted.forwards == 2 * 3
+
+
+def test_graphs_of_some_parameters_are_kept_beside_others_that_require_grad():
+    objective = objective_of(params="2.*")
+    operator = fm.HessianOperator(objective)
+    with operator.session():
+        for _ in range(3):
+            operator @ vectors_for(objective)
+        # The layers that are not selected are the model's own memory.
+        assert 0 < operator.kept_bytes < 24 * 8 * 40
+    assert Counted.forwards == 2 * 3
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(5, 2).double()
+        self.adjacency = torch.eye(24, dtype=torch.float64).to_sparse()
+
+    def forward(self, x):
+        return torch.sparse.mm(self.adjacency, torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("place", ["attribute", "buffer", "batch"])
+def test_sparse_tensors_are_kept_too(place):
+    model, batch_loss, data = Graph(), None, (X, Y)
+    if place == "buffer":
+        adjacency = vars(model).pop("adjacency")
+        model.register_buffer("adjacency", adjacency)
+    if place == "batch":
+        data = [(X.to_sparse(), Y)]
+
+        def batch_loss(model, batch):
+            x, y = batch
+            return F.mse_loss(torch.sparse.mm(x, model.inner.weight.T).tanh(), y)
+
+    loss_fn = nn.MSELoss() if batch_loss is None else None
+    objective = fm.Objective(model, loss_fn, data, batch_loss=batch_loss)
+    hessian = dense(objective)
+    operator = fm.HessianOperator(objective)
+    with operator.session():
+        for seed in range(3):
+            vector = vectors_for(objective, seed=seed)
+            torch.testing.assert_close(operator @ vector, hessian @ vector)
+        assert operator.kept_bytes > 0
+    fm.lanczos(operator)

@@ -564,3 +564,52 @@ def test_one_transfer_for_each_step(rows, k, monkeypatch):
     assert max(transfers) <= rows + 1
     # The norm of each random start is read once.
     assert len(watch.reads) == len(starts)
+
+
+# ------------------------------------------------------------------------------- corner cases
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("matrix", "k"),
+    [
+        (torch.eye(100), 3),
+        (torch.outer(*[torch.ones(300) / 300**0.5] * 2), 5),
+        (torch.diag(torch.tensor([1.0] * 20 + [0.0] * 20)), 20),
+    ],
+    ids=["identity", "rank one", "projection"],
+)
+def test_invariant_spaces_in_a_narrow_basis(matrix, k, dtype):
+    result = fm.lanczos(fm.MatrixOperator(matrix), k=k, tol=1e-2, basis_dtype=dtype)
+    exact = torch.linalg.eigvalsh(matrix.double()).flip(0)[:k]
+    torch.testing.assert_close(result.eigenvalues, exact, rtol=0, atol=2e-2)
+    assert result.converged
+
+
+@pytest.mark.parametrize("columns", [[49, 49], [49, 48, 49]])
+def test_given_vectors_that_depend_on_each_other(columns):
+    operator = fm.MatrixOperator(torch.diag(torch.arange(50.0)))
+    given = torch.eye(50)[:, columns]
+    result = fm.lanczos(operator, k=2, initial=given)
+    torch.testing.assert_close(
+        result.eigenvalues, torch.tensor([49.0, 48.0], dtype=DOUBLE), rtol=1e-3, atol=0
+    )
+
+
+def test_given_eigenvectors_are_made_use_of():
+    operator = fm.MatrixOperator(torch.diag(torch.arange(200.0)))
+    given = torch.eye(200)[:, 195:]
+    cold = fm.lanczos(operator, k=5, tol=1e-5)
+    warm = fm.lanczos(operator, k=5, tol=1e-5, initial=given)
+    assert warm.products < cold.products
+    torch.testing.assert_close(warm.eigenvalues, torch.arange(199.0, 194.0, -1, dtype=DOUBLE))
+    every = torch.eye(4)
+    whole = fm.lanczos(fm.MatrixOperator(torch.diag(torch.arange(4.0))), k=4, initial=every)
+    torch.testing.assert_close(
+        whole.eigenvalues, torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=DOUBLE), rtol=0, atol=1e-6
+    )
+
+
+def test_devices_without_numbers_are_refused_by_the_name_of_the_argument():
+    with pytest.raises(fm.DeviceError, match="'basis_device' argument of lanczos"):
+        fm.lanczos(fm.MatrixOperator(torch.eye(30)), basis_device="meta")

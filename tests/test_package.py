@@ -49,6 +49,7 @@ ROOMS = (
     "product_graph",
     "product_check",
     "compiled",
+    "settings",
     "captured",
     "kept",
     "operators",

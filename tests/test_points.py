@@ -274,3 +274,21 @@ def test_operators_of_other_things_read_no_data():
     operator = fm.MatrixOperator(torch.eye(3))
     assert (operator.readings, operator.notes) == (0, ())
     assert bits(fm.trace(operator, products=2).readings) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "said"),
+    [
+        ({"module.0.weight": torch.zeros(1)}, fm.StateMismatchError, "wrapper's prefix"),
+        ({"0.weight": torch.zeros(3, 2)}, fm.StateMismatchError, "the model has"),
+        ({"0.weight": [1.0]}, fm.ArgumentTypeError, "torch.as_tensor"),
+        (3, fm.ArgumentTypeError, "takes state dicts"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(state, error, said):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    objective = fm.Objective(model, torch.nn.MSELoss(), (torch.ones(3, 2), torch.ones(3, 1)))
+    with pytest.raises(error, match=said):
+        objective.evaluate_state(state)
+    with pytest.raises(fm.ArgumentTypeError, match="several state dicts"):
+        next(objective.evaluate_states({"0.weight": torch.zeros(1, 2)}))

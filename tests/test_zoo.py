@@ -482,8 +482,12 @@ def test_the_report_agrees_with_the_hessian_and_with_its_parts(name, dtype):
 
 @parametrized([p for p in WIDEST if p[0] in APPROXIMATE])
 def test_the_report_has_eigenvalues_by_differences(name, dtype):
+    def worse(one, other):
+        return other if one.converged else one
+
     case = build(name, dtype)
-    with expected_warnings(case, results=lambda: [report.largest, report.smallest]):
+    # Both ends come from one call, which warns once.
+    with expected_warnings(case, results=lambda: [worse(report.largest, report.smallest)]):
         report = fm.sharpness(
             case.model,
             case.loss_fn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -99,7 +100,9 @@ class CapturedGraph:
             except RuntimeError as error:
                 raise self._refused(str(error).split("\n")[0]) from error
             finally:
-                captured.capture_end()
+                # After an error the end of the capture complains of it once more.
+                with contextlib.suppress(RuntimeError):
+                    captured.capture_end()
         captured.replay()
         for piece, wanted in zip(self._output, expected, strict=True):
             if (piece is None) != (wanted is None):

@@ -70,14 +70,14 @@ def check_choice(call: str, argument: str, value: object, choices: Iterable[str]
     return value
 
 
-def check_device(call: str, device: torch.device | str) -> torch.device:
+def check_device(call: str, device: torch.device | str, argument: str = "device") -> torch.device:
     """The device with its index, when this machine has it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         # AssertionError: a torch that was built without CUDA.
         raise DeviceError(
-            f"The 'device' argument of {call} is {str(device)!r}, which this machine or this "
+            f"The {argument!r} argument of {call} is {str(device)!r}, which this machine or this "
             f"build of torch does not have: {error}"
         ) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from .checks import check_choice
@@ -78,17 +77,20 @@ class Comparison(Result):
         return self.values[label][self.measures.index(measure)]
 
 
-# The functions of `statistics` do not take infinities.
+# `math.fsum` does not take infinities of both signs.
 
 
 def _mean(values: Sequence[float]) -> float:
     finite = all(map(math.isfinite, values))
-    return statistics.fmean(values) if finite else sum(values) / len(values)
+    return (math.fsum(values) if finite else sum(values)) / len(values)
 
 
 def _spread(values: Sequence[float]) -> float:
-    finite = all(map(math.isfinite, values))
-    return statistics.stdev(values) if finite and len(values) > 1 else math.nan
+    """The standard deviation, with n − 1 in the denominator."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    mean = _mean(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:

@@ -161,9 +161,9 @@ class CompiledProducts:
         if plan is None:
             if len(self._plans) >= self.max_shapes:
                 raise NotCompiledError(
-                    f"the batches have more than {self.max_shapes} different shapes (or contents "
-                    "other than tensors, which are compiled in); pad them to one length, or drop "
-                    "the last smaller one"
+                    f"there are more than {self.max_shapes} different shapes of batches, or "
+                    "settings (numbers in a batch, attributes of modules), each of which is "
+                    "compiled for; pad batches to one length, or make a new operator"
                 )
             plan = self._plans[key] = _Plan()
         if plan.reason is not None:
@@ -209,7 +209,7 @@ class CompiledProducts:
                 product = plan.prepare(inputs, attributes)
             reason = expected.difference(product.loss, product(vectors))
             if reason is not None:
-                raise _RefusedError(reason)
+                raise (_RefusedError if expected.finite else _NotFiniteError)(reason)
             plan.fresh = False
 
     @contextlib.contextmanager
@@ -223,8 +223,10 @@ class CompiledProducts:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            plan.reason = _reason(error)
-            raise NotCompiledError(plan.reason) from error
+            reason = _reason(error)
+            if not isinstance(error, _NotFiniteError):
+                plan.reason = reason
+            raise NotCompiledError(reason) from error
         finally:
             self.compile_seconds += time.perf_counter() - start
 
@@ -234,6 +236,10 @@ Compiled = Callable[..., Sequence[Tensor]]
 
 class _RefusedError(Exception):
     """A reason found by ourselves."""
+
+
+class _NotFiniteError(_RefusedError):
+    """There was nothing to check by, which may be otherwise the next time."""
 
 
 class _Plan:
@@ -351,10 +357,20 @@ def _key(
         torch.get_num_threads(),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        _matmul_precision(),
     )
 
 
 def _spec(tensor: Tensor) -> Hashable:
     strides = tensor.stride() if tensor.layout == torch.strided else ()
     return tensor.shape, strides, tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # asked for by the older name, where the newer one has been set
+        return repr([getattr(b.matmul, "fp32_precision", "") for b in _MATMULS])
+
+
+_MATMULS = (torch.backends.cuda, torch.backends.mkldnn)

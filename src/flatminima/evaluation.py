@@ -14,7 +14,7 @@ from .batches import Batch, Batches, available_bytes, located
 from .failures import explained
 from .forward import Evaluated, Forward, LossOf
 from .guards import Derivatives, evaluating
-from .nested import same_tensors, to_device
+from .nested import same_tensors, same_values, to_device
 from .passes import Copies, Tally
 from .pieces import Pieces
 from .randomness import preserved_random_state, random_state, reseed
@@ -285,4 +285,6 @@ class _Present:
         if moved:
             self.leaves.fresh(renew=True)
         others = self.others.present
-        return moved or not same_tensors(others, self._evaluator._own(others))
+        own = self._evaluator._own(others)
+        # Of copies only the values count: they may require grad where these do not.
+        return moved or not all(same_values(t, own[name]) for name, t in others.items())

@@ -212,7 +212,7 @@ class _Bound:
             for v in values
             if copies and isinstance(v, Tensor) and not v.is_inference()
         ]
-        self._generators = [(v, _state(v)) for v in values if isinstance(v, _GENERATORS)]
+        self._generators = [(v, _state(v)) for v in values if isinstance(v, _generator_types())]
 
     def present(self) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
         """What is bound now, for `restore`."""
@@ -308,7 +308,10 @@ def _same_members(container: Any, before: Any, *, thorough: bool) -> bool:
     return [*map(id, container)] == [*map(id, before)]
 
 
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+@functools.cache
+def _generator_types() -> tuple[type, ...]:
+    """Named when they are first needed: NumPy loads its random numbers only then."""
+    return torch.Generator, np.random.Generator, np.random.RandomState, random.Random
 
 
 def _state(generator: Any) -> Any:

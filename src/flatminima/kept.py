@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .batches import available_bytes
 from .captured import CapturedGraph, Recorder
-from .compiled import BatchProduct
 from .forward import Evaluated
-from .nested import tensors_in
+from .nested import same_values, tensors_in
 from .objective import Objective
 from .products import Block, GradientGraph, Pieces
+from .settings import memory_of, settings, tensor_marks
 from .vectors import Layout
+
+if TYPE_CHECKING:
+    from .compiled import BatchProduct
 
 __all__ = ["CompiledGraph", "Graph", "KeepGraph", "KeptGraphs"]
 
@@ -130,7 +134,7 @@ class KeptGraphs:
 
     def give_up(self) -> None:
         """Let everything go, and keep nothing more in this session."""
-        self._clear()
+        self.clear()
         self._budget = 0.0
 
     def graph(self, seen: Evaluated) -> Graph | None:
@@ -145,7 +149,7 @@ class KeptGraphs:
         counts the memory that graphs hold.
         """
         if self._state is not None and not self._state.is_that_of(self._objective):
-            self._clear()
+            self.clear()
         if self._state is not None or self._budget == 0 or not self._objective.keeps_graphs:
             yield
             return
@@ -162,7 +166,7 @@ class KeptGraphs:
                     stack.enter_context(hooks)
                 yield
         except BaseException:
-            self._clear()
+            self.clear()
             raise
         finally:
             self._recording = False
@@ -177,8 +181,10 @@ class KeptGraphs:
             packed = {id(graph): graph.nbytes}
         batch = seen.batch
         cached = self._objective.batches.cached
-        own = [*seen.tensors.values(), *(tensors_in(batch.data) if cached else ())]
-        for address in {*self._held, *(t.untyped_storage().data_ptr() for t in own)}:
+        model = self._objective.model
+        own = [*seen.tensors.values(), *model.parameters(), *model.buffers()]
+        own += tensors_in(batch.data) if cached else ()
+        for address in itertools.chain(self._held, *map(memory_of, own)):
             packed.pop(address, None)
         if self.bytes + sum(packed.values()) > self._budget:
             return False
@@ -192,7 +198,8 @@ class KeptGraphs:
         self._graphs[index] = graph
         return True
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Let everything go, for graphs of the model as it is now."""
         if self._recorder is not None:
             # What is freed here may be in use by kernels that are still to run.
             torch.cuda.synchronize(self._objective.device)
@@ -204,8 +211,7 @@ class KeptGraphs:
         self._state = None
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        self._packed[storage.data_ptr()] = storage.nbytes()
+        self._packed.update(memory_of(tensor))
         # Not the tensor itself, since an operation that saves its own result would never be freed.
         return tensor.detach(), tensor._version
 
@@ -224,26 +230,25 @@ class _State:
     """What the graphs depend on, to be compared with what the model has later."""
 
     def __init__(self, objective: Objective) -> None:
-        model = objective.model
-        self._flags = [module.training for module in model.modules()]
+        self._settings, self._known = _settings(objective)
         self._marks = _marks(objective)
         # Versions do not tell of writes through `.data`; to compare numbers would make a GPU wait.
         compared = objective.device.type == "cpu"
-        tensors = [*objective.parameters.values(), *model.buffers()] if compared else []
-        self._numbers = [(t, t.detach().clone()) for t in tensors]
+        own = [*objective.parameters.values(), *objective.model.buffers()] if compared else []
+        self._numbers = [(t, t.detach().clone()) for t in own]
 
     def is_that_of(self, objective: Objective) -> bool:
-        flags = [module.training for module in objective.model.modules()]
         return (
-            flags == self._flags
-            and _marks(objective) == self._marks
-            and all(torch.equal(now, before) for now, before in self._numbers)
+            _marks(objective) == self._marks
+            and _settings(objective)[0] == self._settings
+            and all(same_values(now, before) for now, before in self._numbers)
         )
 
 
-def _marks(objective: Objective) -> list[tuple[int, int, int]]:
-    tensors = [*objective.model.parameters(), *objective.model.buffers()]
-    return [
-        (id(t), 0 if t.is_inference() else t._version, t.untyped_storage().data_ptr())
-        for t in tensors
-    ]
+def _settings(objective: Objective) -> tuple[Hashable, list[Any]]:
+    model, criterion = objective.model, objective.criterion
+    return settings(model, criterion, objective.device, lambda t: tensor_marks([t])[0])
+
+
+def _marks(objective: Objective) -> list[tuple[int, int, tuple[int, ...]]]:
+    return tensor_marks([*objective.model.parameters(), *objective.model.buffers()])

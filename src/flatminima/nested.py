@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
@@ -247,7 +246,7 @@ LANES = 2**14
 """32-bit words that are mixed at once; four rows of them are where that begins to pay."""
 
 
-def _condensed(raw: NDArray[np.uint8]) -> bytes | memoryview:
+def _condensed(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes | memoryview:
     """Some 64 KB that depend on every bit of `raw`: a CRC of them costs half of one of it all.
 
     The words of each row are mixed into those of the rows before by steps that can be undone

@@ -83,7 +83,7 @@ class Objective:
         device: of model, data and vectors.
         mode: as given.
         examples: number of examples in the data.
-        batches: the data as they are read.
+        batches, criterion: the data as they are read, and `loss_fn` or `batch_loss`.
 
     Raises:
         ParameterSelectionError: `params` selects nothing, or integers; or the model is not
@@ -145,6 +145,7 @@ class Objective:
         self.model = model
         selected = select_parameters(model, params)
         self.layout = Layout.of(selected)
+        self.criterion = batch_loss if loss_fn is None else loss_fn
         self._loss_fn, self._weigh = loss_fn, BatchWeight(loss_fn, weight)
         self._is_sum = loss_fn is not None and is_sum(loss_fn)
         check_devices(model, self.device)
@@ -336,7 +337,7 @@ class Objective:
             check: raise for a loss that is not finite, naming the batch.
             derivatives: how many `part` takes; for 2, kernels are chosen that have as many.
             rows: how many vectors `part` gives.
-            kept: batches evaluated at the same point before, shown to `part` again.
+            kept: batches evaluated there before, shown to `part` again.
             prepare: evaluates the others.
 
         Returns:

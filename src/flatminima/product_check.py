@@ -24,6 +24,11 @@ class Expected:
     gradient: float
     products: Sequence[Tensor | None]
 
+    @property
+    def finite(self) -> bool:
+        """Whether there is something to judge by."""
+        return math.isfinite(self.loss) and math.isfinite(_norm(self.products))
+
     def difference(self, loss: Tensor, products: Sequence[Tensor | None]) -> str | None:
         """Why the compiled product is not this one, None if it is."""
         pairs = list(zip(self.products, products, strict=True))

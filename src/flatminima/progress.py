@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
-
-from tqdm import TqdmWarning
-
-with warnings.catch_warnings():
-    # A notebook without ipywidgets: tqdm falls back to text, which is what we want there.
-    warnings.simplefilter("ignore", TqdmWarning)
-    from tqdm.auto import tqdm
 
 __all__ = ["progress_bar"]
 
@@ -19,7 +13,7 @@ DELAY_SECONDS = 2.0
 
 def progress_bar(description: str, *, total: int | None, unit: str, show: bool) -> Any:
     """A tqdm bar that appears after two seconds of work, or never when `show` is false."""
-    return tqdm(
+    return _tqdm()(
         total=total,
         desc=description,
         unit=unit,
@@ -28,3 +22,15 @@ def progress_bar(description: str, *, total: int | None, unit: str, show: bool) 
         leave=False,
         dynamic_ncols=True,
     )
+
+
+@functools.cache
+def _tqdm() -> Any:
+    """The kind of bar that fits; loaded when the first is made, for a quick start."""
+    from tqdm import TqdmWarning
+
+    with warnings.catch_warnings():
+        # A notebook without ipywidgets: tqdm falls back to text, which is what we want there.
+        warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
+    return tqdm

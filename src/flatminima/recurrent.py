@@ -27,8 +27,8 @@ def twice_differentiable(module: nn.RNNBase, forward: Callable[..., Any]) -> Cal
         module: whose forward is replaced, looked at when it is called.
         forward: its own, for the cases that are not treated here: other kinds than `nn.LSTM` and
             classes derived from it, packed sequences, projections (`proj_size`), dropout in
-            training mode, half precision and autocast, and input that does not fit, of which it
-            has the messages.
+            training mode, half precision and autocast, input that is a leaf of the graph, and
+            input that does not fit, of which it has the messages.
 
     Returns:
         A function with the arguments of `forward`.
@@ -60,6 +60,8 @@ def _is_treated(module: nn.RNNBase, x: Any, hx: Any) -> bool:
         or not isinstance(x, Tensor)
     ):
         return False
+    if x.requires_grad and x.is_leaf:
+        return False  # a loss that differentiates by the input takes one derivative more
     if (module.dropout and module.training) or torch.is_autocast_enabled(x.device.type):
         return False
     if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or not x.numel():
@@ -228,7 +230,11 @@ class _LayerBackward(Function):
             d_c = d_c * factors.f[t]
         d_inputs = torch.stack(inputs[::-1]).flatten(-2)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(weight, c0, d_gates, d_inputs, torch.stack(spreads[::-1]))
+            ctx.save_for_backward(
+                # The factors too, so that their memory can be counted.
+                *(weight, c0, d_gates, d_inputs, torch.stack(spreads[::-1])),
+                *vars(factors).values(),
+            )
             ctx.factors = factors
         ctx.set_materialize_grads(False)
         return d_inputs, d_c
@@ -236,7 +242,7 @@ class _LayerBackward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_inputs: Tensor | None, g_c0: Tensor | None) -> tuple[Any, ...]:
-        weight, c0, d_gates, d_inputs, spreads = ctx.saved_tensors
+        weight, c0, d_gates, d_inputs, spreads = ctx.saved_tensors[:5]
         factors: _Factors = ctx.factors
         if g_inputs is None:
             g_inputs = torch.zeros_like(d_inputs)

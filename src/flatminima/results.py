@@ -6,7 +6,6 @@ import base64
 import collections.abc
 import dataclasses
 import enum
-import html
 import json
 import math
 import types
@@ -144,6 +143,7 @@ class Table:
 
     def to_html(self) -> str:
         """The same table for a notebook, escaped."""
+        import html
 
         def line(cells: Sequence[str], tag: str) -> str:
             parts = []

@@ -52,6 +52,8 @@ def _fixed_batch_norm(
     given = [t for t in (input, running_mean, running_var, weight, bias) if t is not None]
     if training or running_mean is None or running_var is None or not _are_plain(given):
         return None
+    if input.dtype not in (torch.float32, torch.float64):
+        return None  # PyTorch adds up in a wider type
     if input.dim() < 2 or any(t.shape != input.shape[1:2] for t in given[1:]):
         return None
     shape = (1, -1, *[1] * (input.dim() - 2))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from .errors import ArgumentTypeError, StateMismatchError, closest
 from .evaluation import Evaluator, Point
 from .forward import Evaluated
 from .metrics import Metric, label_count, metric_value
@@ -32,10 +33,18 @@ def evaluated(
     Where they are read anew, each reading serves as many states as fit into a budget of memory.
     Neither changes a number.
     """
+    if isinstance(states, Mapping) or not isinstance(states, Iterable):
+        raise ArgumentTypeError(
+            "Objective.evaluate_states takes several state dicts, such as a list of them; got a "
+            f"{type(states).__name__}. For one state dict there is evaluate_state."
+        )
     model = evaluator.model
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # Tied and not persistent ones may be given, too.
+    known |= {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     size = sum(_bytes(p) for p in model.parameters())
     budget = 0 if evaluator.batches.cached else max(HELD_BYTES, VECTORS * size)
-    for chunk in _chunks(states, budget):
+    for chunk in _chunks(map(functools.partial(_checked, known), states), budget):
         own = {n for n, _ in model.named_parameters()}
         buffers = dict(model.named_buffers())
         means = [_Means(metrics) for _ in chunk]
@@ -50,6 +59,36 @@ def evaluated(
         losses = evaluator.mean_losses(points, check=False, derivatives=0)
         del chunk, points
         yield from zip(losses, [mean.values() for mean in means], strict=True)
+
+
+def _checked(known: Mapping[str, Tensor], state: object) -> State:
+    """A state dict whose tensors fit the model's own."""
+    call = "Objective.evaluate_states"
+    if not isinstance(state, Mapping):
+        raise ArgumentTypeError(
+            f"{call} takes state dicts, tensors by name; got a {type(state).__name__}."
+        )
+    for name, tensor in state.items():
+        own = known.get(name)
+        if own is None:
+            if not isinstance(tensor, Tensor):
+                continue  # what a module keeps beside tensors, in its extra state
+            raise StateMismatchError(
+                f"{call} was given {name!r}, which the model does not have. "
+                + closest(str(name), list(known))
+                + " A wrapper's prefix, such as 'module.', must be taken off."
+            )
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(
+                f"{call} takes tensors; {name!r} is a {type(tensor).__name__}. Use torch.as_tensor."
+            )
+        here, wanted = ((t.shape, t.dtype, t.device) for t in (tensor, own))
+        if here != wanted:
+            raise StateMismatchError(
+                f"{call} was given {name!r} as {tuple(tensor.shape)}, {tensor.dtype}, "
+                f"{tensor.device}; the model has {tuple(own.shape)}, {own.dtype}, {own.device}."
+            )
+    return state
 
 
 def _chunks(states: Iterable[State], budget: int) -> Iterator[list[State]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DeviceMemoryError
@@ -93,7 +93,7 @@ class Basis:
             rest[columns] -= self.rows[:count, columns].to(self.wide).T @ heights
         return rest
 
-    def rotate(self, coefficients: NDArray[np.float64], count: int) -> None:
+    def rotate(self, coefficients: np.ndarray[Any, np.dtype[np.float64]], count: int) -> None:
         """Put combinations of the first `count` rows in their place, a strip at a time."""
         if count == 0:
             return

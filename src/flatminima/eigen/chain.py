@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Chain", "Floats", "Ritz", "Steps", "eigh", "select", "sum_bound", "turned"]
 
-Floats = NDArray[np.float64]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 R = TypeVar("R")
 Steps = Generator[Tensor, Tensor, R]
 """Yields a vector to be multiplied, is sent the product, and returns R."""

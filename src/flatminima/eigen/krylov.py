@@ -78,6 +78,10 @@ class LanczosSteps:
         self.generator = as_generator(seed, operator.device)
         self.eps = float(torch.finfo(self.dtype).eps)
         self.basis = Basis(operator, rows, size, device, dtype)
+        # What cannot be told from zero, relative to the largest Ritz value.
+        self.rounding = ROUNDING * self.eps
+        if self.basis.narrow:
+            self.rounding = max(self.rounding, float(torch.finfo(self.basis.dtype).eps))
         self.initial = initial
         self.values = np.empty(0)
         """Of the held pairs, best first: at least the k wanted ones once they are found."""
@@ -166,9 +170,11 @@ class LanczosSteps:
                 squares = np.diag(held.gram) + held.tie**2
                 self.residuals = np.sqrt(np.maximum(squares, 0))[order]
                 self.basis.rotate(np.eye(len(order))[:, order], len(order))
-                return held.start, held.tie[order], 0.0
+                if held.start is not None:
+                    return held.start, held.tie[order], 0.0
+                given = None
         drawn = self._random_start()
-        assert drawn is not None, "nothing is held yet"
+        assert drawn is not None
         direction = None if given is None else combined(given)
         if direction is None:
             return drawn, None, 0.0
@@ -240,7 +246,7 @@ class LanczosSteps:
             )
             steps += 1
             scale = max(self.largest, beta, float(np.abs(chain.matrix).max()))
-            exhausted = held + chain.size == self.n or beta <= ROUNDING * self.eps * scale
+            exhausted = held + chain.size == self.n or beta <= self.rounding * scale
             ritz = self._ritz(chain, 0 if exhausted else beta, tie is not None)
             worst = ritz.residuals[ritz.wanted]
             self.worst = float(worst.max())
@@ -312,7 +318,8 @@ class LanczosSteps:
     def _check_symmetry(self, gaps: Floats, scale: float) -> None:
         scale = max(scale, self.largest)
         gap = float(np.abs(gaps).max()) if len(gaps) else 0.0
-        if gap > max(0.05 * scale, 20 * self.operator.error, self.operator.floor):
+        allowed = max(0.05, 10 * self.rounding) * scale
+        if gap > max(allowed, 20 * self.operator.error, self.operator.floor):
             raise NotSymmetricError(
                 f"{self.operator!r} is not symmetric: ⟨u, A v⟩ and ⟨A u, v⟩ differ by {gap:.2e} "
                 f"for unit vectors where products are of size {scale:.2e}. Lanczos needs a "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_device, check_integer
-from ..errors import ArgumentTypeError, InvalidArgumentError
+from ..errors import ArgumentTypeError, DeviceError, InvalidArgumentError
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed
@@ -128,7 +128,7 @@ def lanczos(
         rows,
         seed,
         initial=None if initial is None else _start_vectors(initial, operator),
-        device=None if basis_device is None else check_device(call, basis_device),
+        device=None if basis_device is None else _check_basis_device(basis_device),
         dtype=basis_dtype,
     )
     before = operator.readings
@@ -151,6 +151,15 @@ def lanczos(
     return finish(result, call=call, bound=tol * solver.scale, strict=strict)
 
 
+def _check_basis_device(device: torch.device | str) -> torch.device:
+    found = check_device("lanczos", device, "basis_device")
+    if found.type == "meta":
+        raise DeviceError(
+            "The 'basis_device' argument of lanczos is 'meta', which holds no numbers; use 'cpu'."
+        )
+    return found
+
+
 def _check_count(k: object, which: str, n: int) -> int | tuple[int, int]:
     if not isinstance(k, tuple):
         return check_integer("lanczos", "k", k, low=1, high=n)
@@ -160,7 +169,11 @@ def _check_count(k: object, which: str, n: int) -> int | tuple[int, int]:
             f"(largest, smallest); got {k!r} with which={which!r}."
         )
     largest, smallest = (check_integer("lanczos", "k", count, low=0) for count in k)
-    check_integer("lanczos", "k", largest + smallest, low=1, high=n)
+    if not 1 <= largest + smallest <= n:
+        raise InvalidArgumentError(
+            f"The 'k' argument of lanczos must ask for 1 to {n} pairs in all; got "
+            f"{largest} + {smallest}."
+        )
     return largest, smallest
 
 
@@ -176,7 +189,7 @@ def _start_vectors(initial: object, operator: LinearOperator) -> Tensor:
     if not isinstance(initial, Tensor):
         raise ArgumentTypeError(
             "The 'initial' argument of lanczos must be an EigenResult or a tensor of shape (n,) "
-            f"or (n, m); got {type(initial).__name__}."
+            f"or (n, m); got {type(initial).__name__}. torch.as_tensor makes one of an array."
         )
     vectors = check_vector(
         "The 'initial' argument of lanczos",

@@ -67,7 +67,9 @@ class EigenResult(Result):
     def part(self, which: Literal["LA", "SA"], count: int) -> EigenResult:
         """The `count` largest ("LA") or smallest ("SA") of the pairs, best first.
 
-        The outcome and the number of products remain those of the whole.
+        The number of products remains that of the whole, and so does the outcome, but for residuals
+        that only the inexactness of the products keeps above the tolerance: where none of these is
+        among the pairs taken, the part has converged.
 
         Raises:
             InvalidArgumentError: more pairs than there are.
@@ -84,9 +86,13 @@ class EigenResult(Result):
         check_choice("EigenResult.part", "which", which, ("LA", "SA"))
         check_integer("EigenResult.part", "count", count, low=1, high=len(self.eigenvalues))
         order = self.eigenvalues.argsort(descending=which == "LA", stable=True)[:count]
-        vectors = self.eigenvectors
+        vectors, outcome = self.eigenvectors, self.outcome
+        bound = self.tol * float(self.eigenvalues.abs().max())
+        if outcome is Outcome.INEXACT_PRODUCTS and bool((self.residuals[order] <= bound).all()):
+            outcome = Outcome.CONVERGED
         return dataclasses.replace(
             self,
+            outcome=outcome,
             eigenvalues=self.eigenvalues[order],
             eigenvectors=None if vectors is None else vectors[:, order.to(vectors.device)],
             residuals=self.residuals[order],

@@ -31,7 +31,8 @@ class Held:
     """Of their residuals, less what lies along `start`."""
     tie: Floats
     """Of their residuals along `start`."""
-    start: Tensor
+    start: Tensor | None
+    """None where the vectors are eigenvectors, without a residual."""
 
 
 def take_over(
@@ -55,11 +56,13 @@ def take_over(
             vector = vector / torch.linalg.vector_norm(vector)
             vector = basis.without(basis.heights(i, vector), vector)
         length = torch.linalg.vector_norm(vector)
+        if not float(length) > 0.5:
+            return None
         vector = vector / length
         numbers, remainder = step(i + 1, (yield basis.put(i, vector)))
         basis.put(last - i, remainder)
         projected[: i + 1, i] = projected[i, : i + 1] = numbers[:-1]
-        if not float(length) > 0.5 or numbers[-1] > GOOD * np.abs(projected).max():
+        if numbers[-1] > GOOD * np.abs(projected).max():
             return None
         if i == 1:
             gram = _gram(basis, 2)
@@ -76,10 +79,12 @@ def take_over(
     for i in range(count):
         start += float(along[i]) * basis.take(last - i).to(basis.device)
     norm = math.sqrt(max(float(along @ gram @ along), 0.0))
-    if norm == 0:
+    if norm == 0 and count == basis.rows.shape[1]:
         return None
     values, vectors_ = eigh(projected)
     basis.rotate(vectors_, count)
+    if norm == 0:
+        return Held(values, np.zeros((count, count)), np.zeros(count), None)
     tie = vectors_.T @ gram @ along / norm
     return Held(values, turned(gram, vectors_) - np.outer(tie, tie), tie, start / norm)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_positive
@@ -238,7 +237,7 @@ def _perturbed(
     return state
 
 
-def _summary(name: str, values: NDArray[np.float64]) -> TensorSharpness:
+def _summary(name: str, values: np.ndarray[Any, np.dtype[np.float64]]) -> TensorSharpness:
     with np.errstate(invalid="ignore"):
         spread = float(values.std(ddof=1)) if values.size > 1 else math.nan
         return TensorSharpness(name, float(values.max()), float(values.mean()), spread)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..batches import Batch
 from ..checks import check_choice
-from ..compiled import CompiledProducts
 from ..errors import (
     DeviceError,
     FiniteDifferenceWarning,
@@ -29,8 +28,12 @@ from ..objective import Objective, check_objective
 from ..precision import precision_notes, working_eps
 from ..products import Block, GradientGraph, Pieces, central_differences, where
 from ..randomness import as_generator, rademacher
+from ..settings import settings, tensor_kind
 from ..tracing import GraphTrace
 from .linear import LinearOperator
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledProducts
 
 __all__ = ["HessianOperator"]
 
@@ -123,7 +126,8 @@ class HessianOperator(LinearOperator):
                 "keep_graph=False out."
             )
         self._kept = KeptGraphs(objective, keep_graph, method=method)
-        self._compiled = CompiledProducts()
+        self._compiled: CompiledProducts | None = None
+        self._known: list[object] = []
         self._insists = method not in ("auto", "finite_differences")
         self.method = "double_backward" if method == "auto" else method
         self.reason = ""
@@ -134,9 +138,10 @@ class HessianOperator(LinearOperator):
     def session(self) -> Iterator[None]:
         """While it lasts, the graphs of the batches' gradients are kept, as `keep_graph` says.
 
-        The algorithms of this library enter it by themselves. The model must stay as it is
-        meanwhile: when its tensors or flags are found changed, the graphs are built anew, but a
-        CUDA tensor written to through `.data` is not noticed.
+        The algorithms of this library enter it by themselves. The model should stay as it is
+        meanwhile: when its tensors, modules or their attributes, or those of the loss function, are
+        found changed, the graphs are built anew. Not noticed are variables that a function closes
+        over, and writes through `.data` to frozen parameters and, on CUDA, to any.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -154,7 +159,7 @@ class HessianOperator(LinearOperator):
     @property
     def compile_seconds(self) -> float:
         """Time that `method="compile"` has spent on tracing, compiling and checking so far."""
-        return self._compiled.compile_seconds
+        return 0.0 if self._compiled is None else self._compiled.compile_seconds
 
     @property
     def readings(self) -> int:
@@ -223,14 +228,20 @@ class HessianOperator(LinearOperator):
 
     def _exact(self, part: Part, rows: int) -> Tensor:
         """The product, by graphs that are kept where there are any."""
+        served = bool(self._kept.seen)
         try:
             with self._kept.recording():
                 return self._summed(part, rows)
         except RuntimeError as error:
+            said = f"{error} {error.__cause__}"
             # Transforms of torch.func within the model allow no hooks on what graphs save.
-            if "saved tensor hooks" not in str(error):
+            if "saved tensor hooks" in said:
+                self._kept.give_up()
+            elif served and "modified by an inplace" in said:
+                # Data, or a tensor that is no parameter, has been written to since.
+                self._kept.clear()
+            else:
                 raise
-        self._kept.give_up()
         return self._summed(part, rows)
 
     def _summed(self, part: Part, rows: int, trace: GraphTrace | None = None) -> Tensor:
@@ -265,24 +276,33 @@ class HessianOperator(LinearOperator):
             raise NotCompiledError(
                 "batches are evaluated in pieces, or the model writes to its tensors"
             )
-        tensors, setting = {}, []
-        for name, module in objective.model.named_modules():
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}.{key}"] = value
-                elif isinstance(value, bool | int | float | str):
-                    setting.append((name, key, value))
+        # Tensors are inputs of what is compiled, and numbers are not.
+        setting, known = settings(objective.model, objective.criterion, self.device, tensor_kind)
+        self._known += known
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in objective.model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
+
+        if self._compiled is None:
+            # Only now, for a quick start of the library.
+            from ..compiled import CompiledProducts
+
+            self._compiled = CompiledProducts()
+        compiled = self._compiled
 
         def prepare(
             batch: Batch, loss: LossOf, leaves: dict[str, Tensor], others: dict[str, Tensor]
         ) -> Evaluated:
-            product = self._compiled.prepare(
+            product = compiled.prepare(
                 loss,
                 leaves,
                 others,
                 batch.data,
                 attributes=tensors,
-                setting=(objective.mode, *setting),
+                setting=(objective.mode, setting),
                 keep=self._kept.keeps,
             )
             graph = CompiledGraph(product, objective.layout)

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ..randomness import Seed, as_generator
 from ..results import Outcome
-from .lbfgsb import LBFGSB
-from .scipy_box import ScipyLBFGSB
+
+if TYPE_CHECKING:
+    from .lbfgsb import LBFGSB
+    from .scipy_box import ScipyLBFGSB
 
 __all__ = ["SOLVERS", "BoxMaximum", "maximize_over_box"]
 
 GRADIENT_SCALE = 100.0
 """Mean |gradient| per box half-width that the solver is shown at the start."""
 
-SOLVERS: dict[str, type[LBFGSB] | type[ScipyLBFGSB]] = {
-    "lbfgsb": LBFGSB,
-    "scipy": ScipyLBFGSB,
-}
+SOLVERS = ("lbfgsb", "scipy")
 
 ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -130,7 +129,7 @@ def maximize_over_box(
         return bits.mul_(2).sub_(1).to(half_width)
 
     generator = as_generator(seed, half_width.device)
-    search = SOLVERS[solver](size, dtype=half_width.dtype, device=half_width.device)
+    search = _solver(solver)(size, dtype=half_width.dtype, device=half_width.device)
     at_center = slope > 0
     outcome, unbounded = Outcome.NO_ASCENT, False
     for _ in range(1 + restarts):
@@ -155,3 +154,14 @@ def maximize_over_box(
     if unbounded:
         outcome = Outcome.UNBOUNDED
     return BoxMaximum(best_point, best_value, evaluations, outcome)
+
+
+def _solver(name: str) -> type[LBFGSB] | type[ScipyLBFGSB]:
+    """Loaded when it is needed, for a quick start of the library."""
+    if name == "scipy":
+        from .scipy_box import ScipyLBFGSB
+
+        return ScipyLBFGSB
+    from .lbfgsb import LBFGSB
+
+    return LBFGSB

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..results import Outcome
 
 __all__ = ["ScipyLBFGSB"]
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 Function = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -37,7 +38,9 @@ class ScipyLBFGSB:
         """Go down from `point`; see `LBFGSB.minimize`."""
         from scipy.optimize import minimize
 
-        def on_host(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        def on_host(
+            u: np.ndarray[Any, np.dtype[np.float64]],
+        ) -> tuple[float, np.ndarray[Any, np.dtype[np.float64]]]:
             value, gradient = function(torch.as_tensor(u.copy()).to(self.point))
             if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
                 raise _NotFiniteError
