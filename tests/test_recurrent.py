@@ -89,7 +89,7 @@ def test_second_derivative_by_one_state_alone():
         for index in range(3):
             products = []
             for function in (module.forward, twice_differentiable(module, refuse)):
-                out, (h, c) = function(x)
+                out, (h, c) = function(1 * x)
                 loss = (out, h, c)[index].tanh().square().sum()
                 gradient = torch.autograd.grad(loss, leaves[:1], create_graph=True)
                 seed = [torch.ones_like(g) for g in gradient]
@@ -108,7 +108,7 @@ def test_gradgradcheck():
         for name, weight in zip(names, weights, strict=True):
             delattr(replaced, name)
             setattr(replaced, name, weight)
-        out, states = twice_differentiable(replaced, refuse)(x, (h, c))
+        out, states = twice_differentiable(replaced, refuse)(1 * x, (h, c))
         return (out, *states)
 
     inputs = (tensor(3, 1, 2), tensor(2, 1, 2, seed=1), tensor(2, 1, 2, seed=2))
@@ -162,10 +162,18 @@ def test_a_graph_that_is_kept_gives_the_same_product_again():
     torch.manual_seed(0)
     module = nn.LSTM(3, 4, 2).double()
     leaves = list(module.parameters())
-    loss = twice_differentiable(module, refuse)(tensor(5, 2, 3))[0].square().sum()
+    loss = twice_differentiable(module, refuse)(1 * tensor(5, 2, 3))[0].square().sum()
     gradient = torch.autograd.grad(loss, leaves, create_graph=True)
     seed = [torch.ones_like(g) for g in gradient]
     first, second = (
         torch.autograd.grad(gradient, leaves, seed, retain_graph=True) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+def test_an_input_that_is_a_leaf_goes_to_the_modules_own_forward():
+    """A loss that differentiates by it takes one derivative more than there is here."""
+    x = tensor(5, 2, 3)
+    module = nn.LSTM(3, 4).double()
+    with pytest.raises(AssertionError, match="own forward"):
+        twice_differentiable(module, refuse)(x)
