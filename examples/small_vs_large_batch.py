@@ -5,7 +5,7 @@ units with batch norm and ReLU, twice from the same start with Adam: with a smal
 batch of 10 % of the training set, for the same number of epochs. It prints how well they do and
 compares their sharpness, and saves the parametric plot along the line between them.
 
-    python examples/small_vs_large_batch.py                      # digits, about two minutes
+    python examples/small_vs_large_batch.py                      # digits, about a minute
     python examples/small_vs_large_batch.py --data mnist5k --seeds 3
     python examples/small_vs_large_batch.py --data fashion-mnist --root ~/data
 """
