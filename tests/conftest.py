@@ -1,9 +1,11 @@
 import os
 
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Also for processes that tests start, which would share the cores with other tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import torch
-
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("reproducible")
