@@ -91,10 +91,9 @@ def test_products_of_batches_and_points_with_one_compilation():
     engine = CompiledProducts()
     before = torch.get_rng_state(), random.getstate()
     first, second = batch_of(5, 2, 6), batch_of(5, 2, 6, seed=1)
-    named = {"shift": module.shift}
 
     def prepared(data):
-        return engine.prepare(loss, leaves, others, data, attributes=named)
+        return engine.prepare(loss, leaves, others, data)
 
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
         product = prepared(first)
@@ -108,8 +107,7 @@ def test_products_of_batches_and_points_with_one_compilation():
         # Parameters, buffers and plain tensors are read anew.
         for tensor in (*leaves.values(), others["norm.running_mean"], others["norm.running_var"]):
             tensor.mul_(1.1)
-        module.shift = module.shift + 1
-        named["shift"] = module.shift
+        module.shift += 1
         assert_products(loss, leaves, others, second, prepared(second))
     assert engine.shapes == 1
     assert engine.compile_seconds == seconds

@@ -1,5 +1,7 @@
 """Graphs kept between products: the same numbers, counted memory, nothing left behind."""
 
+import contextlib
+import functools
 import gc
 import shutil
 import weakref
@@ -568,19 +570,64 @@ def test_attributes_that_change_meanwhile_are_seen(kind):
     check_change(model, nn.MSELoss(), lambda: CHANGES[kind](model))
 
 
+class Weighted(nn.Module):
+    """A loss function with tensors of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.register_buffer("weight", torch.ones(2, dtype=torch.float64))
+        self.shifts = [torch.zeros(2, dtype=torch.float64)]
+
+    def forward(self, output, target):
+        squares = (output.tanh() * self.scale + self.shifts[0] - target).square()
+        return (squares * self.weight).mean()
+
+
+def double(tensor):
+    with torch.no_grad():
+        tensor.mul_(2.0)
+
+
+OF_LOSS = {
+    "written": lambda c: double(c.scale),
+    "parameter": lambda c: setattr(c, "scale", nn.Parameter(2 * c.scale.detach())),
+    "buffer": lambda c: setattr(c, "weight", torch.tensor([1.0, 3.0], dtype=torch.float64)),
+    "list": lambda c: c.shifts.__setitem__(0, torch.ones(2, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("kind", OF_LOSS)
+def test_tensors_of_the_loss_function_that_change_meanwhile_are_seen(kind):
+    criterion = Weighted()
+    check_change(net(), criterion, lambda: OF_LOSS[kind](criterion))
+
+
 @needs_a_compiler
-@pytest.mark.parametrize("kind", ["list", "tensor"])
-def test_compiled_products_follow_attributes(kind):
-    model = Scaled()
-    objective = fm.Objective(model, nn.MSELoss(), (X, Y))
+@pytest.mark.parametrize("session", [False, True])
+def test_compiled_products_follow_what_the_loss_depends_on(session):
+    model, criterion = Scaled(), Weighted()
+    objective = fm.Objective(model, criterion, (X, Y))
     operator = fm.HessianOperator(objective, method="compile")
     vector = vectors_for(objective)
-    for _ in range(2):
-        before = operator @ vector
-    CHANGES[kind](model)
-    expected = dense(objective) @ vector
-    assert not torch.allclose(expected, before)
-    torch.testing.assert_close(operator @ vector, expected)
+    changes = [
+        lambda: CHANGES["list"](model),
+        lambda: CHANGES["tensor"](model),
+        lambda: CHANGES["written"](model),
+        *(functools.partial(change, criterion) for change in OF_LOSS.values()),
+    ]
+    with operator.session() if session else contextlib.nullcontext():
+        for _ in range(3):
+            before = operator @ vector
+        for change in changes:
+            change()
+            expected = dense(objective) @ vector
+            assert not torch.allclose(expected, before)
+            for _ in range(2):
+                before = operator @ vector
+                torch.testing.assert_close(before, expected)
+    # One entry for each setting, however many products there were.
+    assert len(operator._known) == len(changes) - 2 + 1
 
 
 def test_a_loss_function_that_changes_meanwhile_is_seen():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 
 import pytest
 import torch
+from benchmarks.box import LiveTensors
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatminima as fm
 from flatminima.eigen.basis import Basis
@@ -461,37 +460,19 @@ def test_half_precision_keeps_its_digits_for_long_vectors():
 # --------------------------------------------------------------------------- memory, transfers
 
 
-class Watch(TorchDispatchMode):
-    """Most bytes that live tensors take at a time, and how often the device is waited for."""
+class Watch(LiveTensors):
+    """Also how often the device is waited for."""
 
     READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal")
 
     def __init__(self) -> None:
         super().__init__()
-        self.users: dict[int, int] = {}
-        self.bytes = self.most = 0
         self.reads: list[str] = []
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function._schema.name in self.READS:
             self.reads.append(function._schema.name)
-        made = function(*arguments, **(options or {}))
-        for tensor in made if isinstance(made, list | tuple) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage.data_ptr(), storage.nbytes()
-                if key not in self.users:
-                    self.bytes += size
-                    self.most = max(self.most, self.bytes)
-                self.users[key] = self.users.get(key, 0) + 1
-                weakref.finalize(tensor, self.drop, key, size)
-        return made
-
-    def drop(self, key: int, size: int) -> None:
-        self.users[key] -= 1
-        if not self.users[key]:
-            del self.users[key]
-            self.bytes -= size
+        return super().__torch_dispatch__(function, types, arguments, options)
 
 
 LONG = 60_000

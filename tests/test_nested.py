@@ -18,7 +18,6 @@ from flatminima.nested import (
     cut,
     fingerprint,
     same_tensors,
-    structure,
     tensors_in,
     to_device,
 )
@@ -483,29 +482,3 @@ def test_packed_sequences_are_followed():
     twin = to_device(data, CPU, duplicate=True)
     twin.data.zero_()
     assert bool(data.data.any())
-
-
-def test_structures_are_equal_where_all_but_the_tensors_is():
-    def places(*tensors):
-        return {id(t): number for number, t in enumerate(tensors)}
-
-    class Plain:
-        def __init__(self, x, name):
-            self.x, self.name = x, name
-
-    a, b = torch.zeros(2), torch.ones(3)
-    first = structure({"x": [a, 1.0], "y": Plain(b, "one")}, places(a, b))
-    c, d = torch.ones(2), torch.zeros(3)
-    assert first == structure({"x": [c, 1.0], "y": Plain(d, "one")}, places(c, d))
-    hash(first)
-    for other in (
-        {"x": [c, 2.0], "y": Plain(d, "one")},
-        {"x": [c, 1.0], "y": Plain(d, "two")},
-        {"x": (c, 1.0), "y": Plain(d, "one")},
-        {"x": [c, 1], "y": Plain(d, "one")},
-        {"x": [d, 1.0], "y": Plain(c, "one")},
-        {"z": [c, 1.0], "y": Plain(d, "one")},
-    ):
-        assert first != structure(other, places(c, d))
-    with pytest.raises(TypeError, match="generator"):
-        structure([(n for n in range(3))], {})

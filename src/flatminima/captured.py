@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import GraphError
-from .products import Block, GradientGraph, Pieces
+from .products import Block, GradientGraph, PerLeaf
 
 __all__ = ["CapturedGraph", "Recorder"]
 
@@ -59,9 +59,9 @@ class CapturedGraph:
         self._graph, self._recorder, self._index = graph, recorder, index
         self._replayed: torch.cuda.CUDAGraph | None = None
         self._input: Tensor
-        self._output: Pieces = []
+        self._output: PerLeaf = []
 
-    def products(self, vectors: Sequence[Tensor], *, keep: bool = True) -> Pieces:
+    def products(self, vectors: Sequence[Tensor], *, keep: bool = True) -> PerLeaf:
         """As `GradientGraph.products`; the graph is kept always.
 
         Raises:
@@ -81,7 +81,7 @@ class CapturedGraph:
 
     def block_product(
         self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = True
-    ) -> Pieces:
+    ) -> PerLeaf:
         """As `GradientGraph.block_product`, not captured: the blocks differ from call to call."""
         return self._graph.block_product(vector, blocks, keep=keep)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from .checks import check_integer
 from .errors import NotCompiledError
 from .failures import is_out_of_memory
-from .nested import structure, tensors_in
+from .nested import tensors_in
 from .product_check import by_autograd, signs
 from .product_graph import Loss, ProductGraph, trace_product
 from .randomness import preserved_random_state
+from .settings import described
 
 __all__ = ["BatchProduct", "CompiledProducts"]
 
@@ -94,9 +95,8 @@ class CompiledProducts:
     What Python has decided is decided for good: numbers among a module's attributes, its training
     flags. Therefore `setting` in `prepare` names what a compiled product is valid for. Buffers,
     other parameters and the batch's tensors are inputs. Tensors that the loss finds elsewhere (a
-    plain attribute, a variable of a closure) are inputs too: those in `attributes` are looked up
-    by their name for each batch, any others are read anew, so that writes to them are seen, but
-    not their replacement by another tensor.
+    plain attribute, a variable of a closure) are read anew each time, so that writes to them are
+    seen; their replacement by another tensor must be told by `setting`.
 
     Args:
         max_shapes: different shapes of batches to compile for.
@@ -125,7 +125,6 @@ class CompiledProducts:
         others: Mapping[str, Tensor],
         data: Any,
         *,
-        attributes: Mapping[str, Tensor] | None = None,
         setting: Hashable = None,
         keep: bool = True,
     ) -> BatchProduct:
@@ -140,7 +139,6 @@ class CompiledProducts:
             leaves: the parameters to differentiate by, by name.
             others: other parameters and buffers by name; they are not written to.
             data: the batch, of plain containers and objects.
-            attributes: tensors that `loss` may find outside of its arguments, by name.
             setting: what else the loss depends on, such as training flags; compiled products are
                 used again only under an equal one.
             keep: whether the result is going to serve for several products. If not, the part
@@ -155,8 +153,7 @@ class CompiledProducts:
         """
         tensors = list({id(t): t for t in tensors_in(data)}.values())
         inputs = [*leaves.values(), *others.values(), *tensors]
-        named = dict(attributes or {})
-        key = _key(leaves, others, data, tensors, named, setting)
+        key = _key(leaves, others, data, tensors, setting)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= self.max_shapes:
@@ -169,12 +166,12 @@ class CompiledProducts:
         if plan.reason is not None:
             raise NotCompiledError(plan.reason)
         if plan.fresh:
-            self._make(plan, loss, leaves, others, data, tensors, named)
+            self._make(plan, loss, leaves, others, data, tensors)
         if not keep and plan.compile_first is not None:
             with self._counted(plan):
                 plan.first = plan.compile_first()
                 plan.compile_first = None
-        return plan.prepare(inputs, named)
+        return plan.prepare(inputs)
 
     def _make(
         self,
@@ -184,7 +181,6 @@ class CompiledProducts:
         others: Mapping[str, Tensor],
         data: Any,
         tensors: Sequence[Tensor],
-        attributes: Mapping[str, Tensor],
     ) -> None:
         """Trace and compile, and check the result against autograd."""
         start = time.perf_counter()
@@ -198,15 +194,13 @@ class CompiledProducts:
             with preserved_random_state():
                 with _no_other_randomness():
                     graph = trace_product(loss, leaves, others, data, tensors)
-                plan.take(graph, attributes)
+                plan.take(graph)
                 plan.second = _compile(
-                    graph.second, lambda: plan.prepare(inputs, attributes).arguments(vectors)
+                    graph.second, lambda: plan.prepare(inputs).arguments(vectors)
                 )
-            plan.compile_first = lambda: _compile(
-                graph.first, lambda: plan.inputs(inputs, attributes)
-            )
+            plan.compile_first = lambda: _compile(graph.first, lambda: plan.inputs(inputs))
             with preserved_random_state():
-                product = plan.prepare(inputs, attributes)
+                product = plan.prepare(inputs)
             reason = expected.difference(product.loss, product(vectors))
             if reason is not None:
                 raise (_RefusedError if expected.finite else _NotFiniteError)(reason)
@@ -251,24 +245,18 @@ class _Plan:
         self.second: Compiled | None = None
         self.compile_first: Callable[[], Compiled | None] | None = None
 
-    def take(self, graph: ProductGraph, attributes: Mapping[str, Tensor]) -> None:
+    def take(self, graph: ProductGraph) -> None:
         """The traced graph, its first part to be run as it is."""
         self.graph = graph
         self.first: Compiled | None = graph.first
-        names = {id(t): name for name, t in attributes.items()}
-        self._names = [names.get(id(t)) for t in graph.captured]
 
-    def inputs(self, given: Sequence[Tensor], attributes: Mapping[str, Tensor]) -> list[Tensor]:
-        captured = [
-            tensor if name is None else attributes[name]
-            for name, tensor in zip(self._names, self.graph.captured, strict=True)
-        ]
-        return [t.detach() for t in (*given, *captured)]
+    def inputs(self, given: Sequence[Tensor]) -> list[Tensor]:
+        return [t.detach() for t in (*given, *self.graph.captured)]
 
-    def prepare(self, given: Sequence[Tensor], attributes: Mapping[str, Tensor]) -> BatchProduct:
+    def prepare(self, given: Sequence[Tensor]) -> BatchProduct:
         first = self.first
         assert first is not None
-        inputs = self.inputs(given, attributes)
+        inputs = self.inputs(given)
         with torch.no_grad():
             loss, *kept = first(*inputs)
         return BatchProduct(self, loss, [inputs[i] for i in self.graph.inputs], kept)
@@ -338,15 +326,18 @@ def _key(
     others: Mapping[str, Tensor],
     data: Any,
     tensors: Sequence[Tensor],
-    attributes: Mapping[str, Tensor],
     setting: Hashable,
 ) -> Hashable:
     """What a compiled product is valid for."""
-    try:
-        contents = structure(data, {id(t): n for n, t in enumerate(tensors)})
-    except TypeError as error:
-        raise NotCompiledError(str(error)) from error
-    named = (("leaf", leaves), ("other", others), ("attribute", attributes))
+    places = {id(t): n for n, t in enumerate(tensors)}
+    contents, known = described(data, lambda t: places[id(t)])
+    strange = next((k for k in known if not isinstance(k, Tensor)), None)
+    if strange is not None:
+        raise NotCompiledError(
+            f"a batch holds a {type(strange).__name__}, of which it cannot be told whether it is "
+            "the same in another batch"
+        )
+    named = (("leaf", leaves), ("other", others))
     kinds = [(kind, n, _spec(t)) for kind, group in named for n, t in group.items()]
     device = next((t.device.type for t in leaves.values()), "cpu")
     return (

@@ -17,7 +17,7 @@ from .captured import CapturedGraph, Recorder
 from .forward import Evaluated
 from .nested import same_values, tensors_in
 from .objective import Objective
-from .products import Block, GradientGraph, Pieces
+from .products import Block, GradientGraph, PerLeaf
 from .settings import memory_of, settings, tensor_marks
 from .vectors import Layout
 
@@ -44,7 +44,7 @@ class CompiledGraph:
         self._product, self._layout = product, layout
         self.nbytes = product.nbytes
 
-    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> Pieces:
+    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> PerLeaf:
         """As `GradientGraph.products`."""
         unflatten = self._layout.unflatten
         found = [
@@ -59,7 +59,7 @@ class CompiledGraph:
 
     def block_product(
         self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = False
-    ) -> Pieces:
+    ) -> PerLeaf:
         """As `GradientGraph.block_product`, by a whole product for each block."""
         pieces = self._layout.unflatten(vector.contiguous())
         out: list[Tensor | None] = [None] * len(pieces)
@@ -82,8 +82,8 @@ class KeptGraphs:
     """What a session of Hessian products keeps of each batch: its loss, and its gradient's graph.
 
     A batch is kept when its graph still fits the budget; of the others the graphs are rebuilt for
-    each product. All is let go when the model's tensors or training flags are found to be others
-    than those of the graphs, and at the end of the session.
+    each product. All is let go when tensors or settings of the model or the loss function are
+    found to be others than those of the graphs, and at the end of the session.
 
     Args:
         objective: whose batches they are.
@@ -232,6 +232,8 @@ class _State:
     def __init__(self, objective: Objective) -> None:
         self._settings, self._known = _settings(objective)
         self._marks = _marks(objective)
+        # Held, as another tensor might be given the identity of one that is gone.
+        self._tensors = [*objective.model.parameters(), *objective.model.buffers()]
         # Versions do not tell of writes through `.data`; to compare numbers would make a GPU wait.
         compared = objective.device.type == "cpu"
         own = [*objective.parameters.values(), *objective.model.buffers()] if compared else []

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -199,35 +199,6 @@ def tensors_in(data: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
                 yield from tensors_in(getattr(data, field.name), seen)
         elif hasattr(data, "__dict__"):
             yield from tensors_in(vars(data), seen)
-
-
-def structure(data: Any, places: Mapping[int, int]) -> Hashable:
-    """All that a batch holds beside its tensors, to be compared; of those their places.
-
-    Args:
-        data: the batch.
-        places: of its tensors, by id.
-
-    Raises:
-        TypeError: something in it cannot be compared.
-    """
-    if id(data) in places:
-        return "tensor", places[id(data)]
-    if isinstance(data, (str, bytes, int, float, bool, type(None), torch.dtype, torch.device)):
-        return type(data), data
-    if isinstance(data, np.ndarray) and data.dtype != object:
-        return data.dtype.str, data.shape, data.tobytes()
-    if isinstance(data, Mapping):
-        items = tuple((key, structure(value, places)) for key, value in data.items())
-        return type(data), items
-    if isinstance(data, (tuple, list)):
-        return type(data), tuple(structure(item, places) for item in data)
-    if hasattr(data, "__dict__") and not callable(data):
-        return type(data), structure(vars(data), places)
-    raise TypeError(
-        f"a batch holds a {type(data).__name__}, of which it cannot be told whether it is the "
-        "same in another batch"
-    )
 
 
 def fingerprint(data: Any) -> int:

@@ -15,12 +15,12 @@ from .errors import NotTwiceDifferentiableError
 from .tracing import GraphTrace, operation_name
 from .vectors import Layout
 
-__all__ = ["Block", "GradientGraph", "Pieces", "central_differences"]
+__all__ = ["Block", "GradientGraph", "PerLeaf", "central_differences"]
 
 Block = Sequence[int]
 """Positions of the leaves that make up a diagonal block of the Hessian."""
 
-Pieces = Sequence[Tensor | None]
+PerLeaf = Sequence[Tensor | None]
 """For each leaf a tensor of its shape, or None for zeros."""
 
 
@@ -62,7 +62,7 @@ class GradientGraph:
             if g is not None and g.requires_grad
         }
 
-    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> Pieces:
+    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> PerLeaf:
         """H v for each of several v of shape (n,), one after the other.
 
         Args:
@@ -87,7 +87,7 @@ class GradientGraph:
 
     def block_product(
         self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = False
-    ) -> Pieces:
+    ) -> PerLeaf:
         """The product of a vector with the diagonal blocks of H alone.
 
         For each block only the part of the graph between the block's gradient and the block's

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["memory_of", "settings", "tensor_kind", "tensor_marks"]
+__all__ = ["described", "memory_of", "settings", "tensor_identity", "tensor_marks"]
 
 LONG = 1000
 """Entries from which a container, or an array, is told by itself and not by what is in it."""
+
+Mark = Callable[[Tensor], Hashable]
+"""What is compared of a tensor."""
 
 # What every module has, and is compared in other ways or not at all.
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
@@ -22,46 +26,57 @@ _ATOMS = (str, bytes, bool, int, type(None), torch.dtype, torch.device)
 
 
 def settings(
-    model: nn.Module, criterion: object, device: torch.device, mark: Callable[[Tensor], Hashable]
+    model: nn.Module, criterion: object, device: torch.device, mark: Mark
 ) -> tuple[Hashable, list[Any]]:
-    """The attributes of all modules, plain objects and containers among them followed; autocast.
+    """All attributes of the modules, tensors of the loss function's own, and autocast.
 
-    Not seen: variables that a function closes over, and what objects of other languages hold.
+    Not seen: variables that a function closes over, what objects without attributes in Python
+    hold, and changes within containers of `LONG` entries or more.
 
     Args:
-        model: asked for its modules.
+        model: asked for its modules; not for its parameters and buffers.
         criterion: the loss function, followed if it is a module or a plain object.
         device: whose autocast is asked for.
         mark: what is compared of a tensor.
 
     Returns:
-        What is compared, and the objects that it knows by their identity: to be held, as another
-        object might be given that identity otherwise.
+        As of `described`.
     """
-    judges = criterion.modules() if isinstance(criterion, nn.Module) else ()
-    known: list[Any] = []
-    described: list[Hashable] = [
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    ]
-    for module in itertools.chain(model.modules(), judges):
-        known.append(module)
-        own = vars(module)
-        described.append(id(module))
-        for name in _HOOKS:
-            known += own[name].values()
-            described.append(tuple(map(id, own[name].values())))
-        attributes = {n: v for n, v in own.items() if n not in _OF_MODULES}
-        described.append(_described(attributes, mark, known, set()))
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    values: list[Any] = [autocast]
+    for module in model.modules():
+        values.append(_of_module(module))
     if isinstance(criterion, nn.Module):
-        described.append(tuple(mark(b) for b in criterion.buffers()))
+        values += map(_of_module, criterion.modules())
+        values += [*criterion.parameters(), *criterion.buffers()]
     else:
-        described.append(_described(criterion, mark, known, set()))
-    return tuple(described), known
+        values.append(criterion)
+    return described(values, mark)
 
 
-def _described(
-    value: Any, mark: Callable[[Tensor], Hashable], known: list[Any], within: set[int]
-) -> Hashable:
+def _of_module(module: nn.Module) -> list[Any]:
+    """The module itself, its hooks and its attributes."""
+    own = vars(module)
+    hooks = [hook for name in _HOOKS for hook in own[name].values()]
+    return [module, hooks, {n: v for n, v in own.items() if n not in _OF_MODULES}]
+
+
+def described(value: Any, mark: Mark) -> tuple[Hashable, list[Any]]:
+    """A value, with all that containers and plain objects in it hold, as something to compare.
+
+    Args:
+        value: anything.
+        mark: what is compared of a tensor.
+
+    Returns:
+        What is compared, and the objects that it knows by their identity, tensors among them: to
+        be held on to, as another object might be given that identity otherwise.
+    """
+    known: list[Any] = []
+    return _described(value, mark, known, frozenset()), known
+
+
+def _described(value: Any, mark: Mark, known: list[Any], within: frozenset[int]) -> Hashable:
     if isinstance(value, _ATOMS):
         return type(value), value
     if isinstance(value, (float, complex)):
@@ -73,21 +88,26 @@ def _described(
         return value.dtype.str, value.shape, value.tobytes()
     if id(value) in within:
         return "again"
+    deeper = within | {id(value)}
     inside: Iterable[Any] | None = None
-    if isinstance(value, (list, tuple, dict)) and len(value) < LONG:
-        inside = itertools.chain(*value.items()) if isinstance(value, dict) else value
+    if isinstance(value, Mapping):
+        inside = itertools.chain(*value.items()) if len(value) < LONG else None
+    elif isinstance(value, (list, tuple, collections.deque)):
+        inside = value if len(value) < LONG else None
+    elif isinstance(value, (set, frozenset)):
+        if len(value) < LONG:
+            return type(value), frozenset(_described(v, mark, known, deeper) for v in value)
     elif not isinstance(value, nn.Module) and not callable(value) and hasattr(value, "__dict__"):
         inside = vars(value).items()
     if inside is None:
         known.append(value)
         return type(value), id(value)
-    deeper = within | {id(value)}
     return type(value), tuple(_described(v, mark, known, deeper) for v in inside)
 
 
-def tensor_kind(tensor: Tensor) -> Hashable:
-    """What can be told of a tensor without its values."""
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+def tensor_identity(tensor: Tensor) -> Hashable:
+    """Which tensor it is, and all but its values."""
+    return id(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def tensor_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from ..forward import Evaluated, LossOf
 from ..kept import CompiledGraph, Graph, KeepGraph, KeptGraphs
 from ..objective import Objective, check_objective
 from ..precision import precision_notes, working_eps
-from ..products import Block, GradientGraph, Pieces, central_differences, where
+from ..products import Block, GradientGraph, PerLeaf, central_differences, where
 from ..randomness import as_generator, rademacher
-from ..settings import settings, tensor_kind
+from ..settings import settings, tensor_identity
 from ..tracing import GraphTrace
 from .linear import LinearOperator
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HessianOperator"]
 
-Part = Callable[[Graph, bool], Pieces]
+Part = Callable[[Graph, bool], PerLeaf]
 """What a batch adds, made from its graph, and whether the graph is to serve again."""
 
 Method = Literal["auto", "double_backward", "finite_differences", "compile", "cuda_graph"]
@@ -110,7 +110,8 @@ class HessianOperator(LinearOperator):
         super().__init__(objective.size, objective.dtype, objective.device)
         self.objective = objective
         check_choice("HessianOperator", "method", method, METHODS)
-        if not (isinstance(keep_graph, bool) or keep_graph == "auto"):
+        named = isinstance(keep_graph, str) and keep_graph == "auto"
+        if not (isinstance(keep_graph, bool) or named):
             raise InvalidArgumentError(
                 "The 'keep_graph' argument of HessianOperator must be True, False or 'auto'; got "
                 f"{keep_graph!r}."
@@ -127,7 +128,8 @@ class HessianOperator(LinearOperator):
             )
         self._kept = KeptGraphs(objective, keep_graph, method=method)
         self._compiled: CompiledProducts | None = None
-        self._known: list[object] = []
+        # What the settings that were compiled for know by its identity.
+        self._known: dict[Hashable, list[Any]] = {}
         self._insists = method not in ("auto", "finite_differences")
         self.method = "double_backward" if method == "auto" else method
         self.reason = ""
@@ -177,7 +179,7 @@ class HessianOperator(LinearOperator):
         return self._kept.bytes
 
     def _products(self, vectors: Tensor) -> Tensor:
-        def part(graph: Graph, keep: bool) -> Pieces:
+        def part(graph: Graph, keep: bool) -> PerLeaf:
             return graph.products(list(vectors), keep=keep)
 
         def differences() -> Tensor:
@@ -194,7 +196,7 @@ class HessianOperator(LinearOperator):
         """
         layout = self.objective.layout
 
-        def part(graph: Graph, keep: bool) -> Pieces:
+        def part(graph: Graph, keep: bool) -> PerLeaf:
             return graph.block_product(vector, blocks, keep=keep)
 
         def differences() -> Tensor:
@@ -247,7 +249,7 @@ class HessianOperator(LinearOperator):
     def _summed(self, part: Part, rows: int, trace: GraphTrace | None = None) -> Tensor:
         kept, layout = self._kept, self.objective.layout
 
-        def add(seen: Evaluated, leaves: list[Tensor]) -> Pieces:
+        def add(seen: Evaluated, leaves: list[Tensor]) -> PerLeaf:
             graph = kept.graph(seen)
             if graph is not None:
                 return part(graph, True)
@@ -276,33 +278,29 @@ class HessianOperator(LinearOperator):
             raise NotCompiledError(
                 "batches are evaluated in pieces, or the model writes to its tensors"
             )
-        # Tensors are inputs of what is compiled, and numbers are not.
-        setting, known = settings(objective.model, objective.criterion, self.device, tensor_kind)
-        self._known += known
-        tensors = {
-            f"{name}.{key}": value
-            for name, module in objective.model.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, Tensor)
-        }
-
         if self._compiled is None:
             # Only now, for a quick start of the library.
             from ..compiled import CompiledProducts
 
             self._compiled = CompiledProducts()
         compiled = self._compiled
+        setting: Hashable = None
 
         def prepare(
             batch: Batch, loss: LossOf, leaves: dict[str, Tensor], others: dict[str, Tensor]
         ) -> Evaluated:
+            nonlocal setting
+            if setting is None:
+                model, criterion = objective.model, objective.criterion
+                found, known = settings(model, criterion, self.device, tensor_identity)
+                setting = (objective.mode, found)
+                self._known.setdefault(setting, known)
             product = compiled.prepare(
                 loss,
                 leaves,
                 others,
                 batch.data,
-                attributes=tensors,
-                setting=(objective.mode, setting),
+                setting=setting,
                 keep=self._kept.keeps,
             )
             graph = CompiledGraph(product, objective.layout)
