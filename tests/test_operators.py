@@ -522,3 +522,14 @@ def test_a_hessian_needs_an_objective():
 def test_the_base_class_cannot_be_made():
     with pytest.raises(TypeError, match="abstract"):
         fm.LinearOperator(3, torch.float32, torch.device("cpu"))
+
+
+def test_a_matrix_knows_its_diagonal_and_a_hessian_its_layout():
+    matrix = matrix_with_spectrum(torch.linspace(-1, 2, 6).double(), 3, torch.float64)
+    operator = fm.MatrixOperator(matrix)
+    assert torch.equal(operator.exact_diagonal(), matrix.diagonal())
+    operator.exact_diagonal().zero_()
+    assert torch.equal(operator.matrix, matrix)
+    hessian = fm.HessianOperator(build("linear_regression").objective())
+    assert hessian.layout is hessian.objective.layout
+    assert operator.layout is None and hessian.exact_diagonal() is None

@@ -30,6 +30,7 @@ from ..products import Block, GradientGraph, PerLeaf, central_differences, where
 from ..randomness import as_generator, rademacher
 from ..settings import settings, tensor_identity
 from ..tracing import GraphTrace
+from ..vectors import Layout
 from .linear import LinearOperator
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ class HessianOperator(LinearOperator):
     def notes(self) -> tuple[str, ...]:
         """Autocast and short types in place of float32, where they are on."""
         return precision_notes(self.objective.model, self.device)
+
+    @property
+    def layout(self) -> Layout:
+        """Which parameters the entries of a vector belong to."""
+        return self.objective.layout
 
     @property
     def kept_bytes(self) -> int:

@@ -20,7 +20,7 @@ from ..errors import (
     NotSymmetricError,
     ShapeError,
 )
-from ..vectors import all_finite, check_vector
+from ..vectors import Layout, all_finite, check_vector
 
 __all__ = [
     "FunctionOperator",
@@ -71,6 +71,15 @@ class LinearOperator(ABC):
     def notes(self) -> tuple[str, ...]:
         """What a result should say of how products are computed at present."""
         return ()
+
+    @property
+    def layout(self) -> Layout | None:
+        """Which parameters the entries of a vector belong to; None where there are none."""
+        return None
+
+    def exact_diagonal(self) -> Tensor | None:
+        """The diagonal, shape (n,), where it is known without products; None where it is not."""
+        return None
 
     @abstractmethod
     def _products(self, vectors: Tensor) -> Tensor:
@@ -230,6 +239,10 @@ class MatrixOperator(LinearOperator):
             )
         super().__init__(tensor.shape[0], tensor.dtype, tensor.device)
         self.matrix = tensor
+
+    def exact_diagonal(self) -> Tensor:
+        """The diagonal of the matrix, a new tensor of shape (n,)."""
+        return torch.diagonal(self.matrix).clone()
 
     def _products(self, vectors: Tensor) -> Tensor:
         return vectors @ self.matrix
