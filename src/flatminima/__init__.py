@@ -38,6 +38,7 @@ from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
 from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
 from .metrics import accuracy
 from .objective import Objective
+from .operators.gauss_newton import FisherOperator, GaussNewtonOperator
 from .operators.hessian import HessianOperator
 from .operators.linear import FunctionOperator, LinearOperator, MatrixOperator
 from .report import Measurement, SharpnessReport, sharpness
@@ -61,9 +62,11 @@ __all__ = [
     "EigenResult",
     "EmptyDataError",
     "FiniteDifferenceWarning",
+    "FisherOperator",
     "FlatMinimaError",
     "FlatMinimaWarning",
     "FunctionOperator",
+    "GaussNewtonOperator",
     "GraphError",
     "HessianOperator",
     "Interpolation",

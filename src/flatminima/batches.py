@@ -43,6 +43,8 @@ class Batch:
     index: int
     data: Any
     weight: float
+    start: int = 0
+    """Of a piece of a batch, the number of its first example."""
 
 
 @contextlib.contextmanager

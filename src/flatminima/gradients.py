@@ -32,7 +32,7 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 
 def accumulated(
-    loss: Tensor, leaves: Sequence[Tensor], others: Iterable[Tensor]
+    loss: Tensor, leaves: Sequence[Tensor], others: Iterable[Tensor], *, keep: bool = False
 ) -> list[Tensor | None]:
     """The gradients by `leaves`, private tensors, through `.backward()` and their `.grad`.
 
@@ -41,6 +41,7 @@ def accumulated(
         leaves: what it is differentiated by.
         others: tensors that the graph may reach unseen, inside of what is checkpointed. Their
             `.grad`, and that of every other leaf of the graph, is put aside meanwhile.
+        keep: whether the graph is to serve once more.
     """
     reached = (getattr(node, "variable", None) for node in _nodes(loss))
     tensors = {id(t): t for t in [*others, *reached, *leaves] if isinstance(t, Tensor)}
@@ -48,7 +49,7 @@ def accumulated(
     try:
         for tensor, _ in kept:
             tensor.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=keep)  # type: ignore[no-untyped-call]
         return [leaf.grad for leaf in leaves]
     finally:
         for tensor, gradient in kept:

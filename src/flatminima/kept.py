@@ -17,6 +17,7 @@ from .captured import CapturedGraph, Recorder
 from .forward import Evaluated
 from .nested import same_values, tensors_in
 from .objective import Objective
+from .output_products import OutputGraph
 from .products import Block, GradientGraph, PerLeaf
 from .settings import memory_of, settings, tensor_marks
 from .vectors import Layout
@@ -24,7 +25,7 @@ from .vectors import Layout
 if TYPE_CHECKING:
     from .compiled import BatchProduct
 
-__all__ = ["CompiledGraph", "Graph", "KeepGraph", "KeptGraphs"]
+__all__ = ["CompiledGraph", "Graph", "HessianGraph", "KeepGraph", "KeptGraphs"]
 
 KeepGraph = bool | Literal["auto"]
 
@@ -75,7 +76,8 @@ class CompiledGraph:
         return out
 
 
-Graph = GradientGraph | CapturedGraph | CompiledGraph
+HessianGraph = GradientGraph | CapturedGraph | CompiledGraph
+Graph = HessianGraph | OutputGraph
 
 
 class KeptGraphs:
@@ -179,6 +181,8 @@ class KeptGraphs:
         packed, self._packed = self._packed, {}
         if isinstance(graph, CompiledGraph):
             packed = {id(graph): graph.nbytes}
+        if isinstance(graph, OutputGraph):
+            packed |= graph.saved
         batch = seen.batch
         cached = self._objective.batches.cached
         model = self._objective.model
@@ -192,9 +196,12 @@ class KeptGraphs:
         if not cached:
             batch = dataclasses.replace(batch, data=None)
         index = batch.index
-        self.seen[index] = dataclasses.replace(seen, batch=batch, output=None, target=None)
         if self._recorder is not None and isinstance(graph, GradientGraph):
             graph = CapturedGraph(graph, self._recorder, index)
+        # Without the loss's own graph, of which nothing more is wanted.
+        self.seen[index] = dataclasses.replace(
+            seen, batch=batch, loss=seen.loss.detach(), output=None, target=None, prepared=graph
+        )
         self._graphs[index] = graph
         return True
 

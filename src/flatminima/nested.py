@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = [
     "cut",
     "fingerprint",
     "length_of",
+    "mapped",
     "same_tensors",
     "same_values",
     "tensors_in",
@@ -68,6 +69,32 @@ def to_device(
         return data.copy()
     if duplicate and next(tensors_in(data), None) is not None:
         return _duplicated(data)
+    return data
+
+
+def mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A model's output with `change(tensor)` in the place of every tensor.
+
+    Tuples, named tuples, lists, mappings and dataclasses are followed, anything else passes.
+    """
+    follow = functools.partial(mapped, change=change)
+    if isinstance(data, Tensor):
+        return change(data)
+    if isinstance(data, tuple):
+        items = [follow(item) for item in data]
+        return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
+    if isinstance(data, list):
+        return [follow(item) for item in data]
+    if isinstance(data, MutableMapping):
+        twin = copy.copy(data)
+        for key, value in data.items():
+            twin[key] = follow(value)
+        return twin
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        clone = copy.copy(data)
+        for f in dataclasses.fields(data):
+            object.__setattr__(clone, f.name, follow(getattr(data, f.name)))
+        return clone
     return data
 
 

@@ -83,7 +83,8 @@ class Objective:
         device: of model, data and vectors.
         mode: as given.
         examples: number of examples in the data.
-        batches, criterion: the data as they are read, and `loss_fn` or `batch_loss`.
+        batches: the data as they are read.
+        loss_fn, criterion: as given, None under `batch_loss`; and whichever of the two there is.
 
     Raises:
         ParameterSelectionError: `params` selects nothing, or integers; or the model is not
@@ -146,7 +147,7 @@ class Objective:
         selected = select_parameters(model, params)
         self.layout = Layout.of(selected)
         self.criterion = batch_loss if loss_fn is None else loss_fn
-        self._loss_fn, self._weigh = loss_fn, BatchWeight(loss_fn, weight)
+        self.loss_fn, self._weigh = loss_fn, BatchWeight(loss_fn, weight)
         self._is_sum = loss_fn is not None and is_sum(loss_fn)
         check_devices(model, self.device)
         if device is not None and check_device("Objective", device) != self.device:
@@ -302,7 +303,7 @@ class Objective:
         Returns:
             The loss and the metrics of each; NaN and infinity are returned as such.
         """
-        if metrics and self._loss_fn is None:
+        if metrics and self.loss_fn is None:
             raise InvalidArgumentError(
                 "metrics= needs an objective with loss_fn(output, target); with batch_loss= "
                 "there is no output to judge."
@@ -395,6 +396,6 @@ class Objective:
 
     def _first_weight(self, data: Any, index: int) -> float:
         """The weight of one of the user's batches, whose examples are counted."""
-        target = None if self._loss_fn is None else split_pair(data, index)[1]
+        target = None if self.loss_fn is None else split_pair(data, index)[1]
         self.examples += example_count(data) or example_count(target) or 0
         return self._weigh(data, index)

@@ -115,7 +115,7 @@ class Pieces:
             data = cut(batch.data, start, min(end, count), count)
         except ValueError as error:
             raise self._uncuttable(batch, str(error)) from error
-        return Batch(batch.index, data, self._weight(data, batch.index))
+        return Batch(batch.index, data, self._weight(data, batch.index), start)
 
     def check_mean(
         self, batch: Batch, loss: Callable[[Batch], tuple[float, bool]], tolerance: float

@@ -15,7 +15,17 @@ from .errors import NotTwiceDifferentiableError
 from .tracing import GraphTrace, operation_name
 from .vectors import Layout
 
-__all__ = ["Block", "GradientGraph", "PerLeaf", "central_differences"]
+__all__ = [
+    "Block",
+    "GradientGraph",
+    "PerLeaf",
+    "Quotients",
+    "central_differences",
+    "extrapolated",
+    "not_twice",
+    "second_derivative",
+    "where",
+]
 
 Block = Sequence[int]
 """Positions of the leaves that make up a diagonal block of the Hessian."""
@@ -50,9 +60,9 @@ class GradientGraph:
     ) -> None:
         refusal = None if trace is None else trace.refusal(loss, leaves)
         if refusal is not None:
-            raise _not_twice(*refusal)
+            raise not_twice(*refusal)
         self._leaves, self._layout, self._trace = leaves, layout, trace
-        with _second_derivative(trace):
+        with second_derivative(trace):
             gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant in θ: a linear or an unused parameter. Of the
         # others the edge is enough, so that the gradient's own memory is not held.
@@ -119,7 +129,7 @@ class GradientGraph:
         edges = {i: self._edges[i] for i in block if i in self._edges}
         if not edges:
             return [None] * len(block)
-        with _second_derivative(self._trace):
+        with second_derivative(self._trace):
             return torch.autograd.grad(
                 list(edges.values()),
                 [self._leaves[i] for i in block],
@@ -138,7 +148,7 @@ _MISSING = re.compile(
 
 
 @contextlib.contextmanager
-def _second_derivative(trace: GraphTrace | None) -> Iterator[None]:
+def second_derivative(trace: GraphTrace | None) -> Iterator[None]:
     """PyTorch's complaint that there is none, told with the operation and the way out."""
     try:
         yield
@@ -152,10 +162,11 @@ def _second_derivative(trace: GraphTrace | None) -> Iterator[None]:
             name = operation_name(found["name"])
         else:
             name = "a function marked as once_differentiable"
-        raise _not_twice(name, "" if trace is None else trace.place(name)) from error
+        raise not_twice(name, "" if trace is None else trace.place(name)) from error
 
 
-def _not_twice(operation: str, module: str) -> NotTwiceDifferentiableError:
+def not_twice(operation: str, module: str) -> NotTwiceDifferentiableError:
+    """The error that names an operation without a second derivative, and its module."""
     return NotTwiceDifferentiableError(
         f"PyTorch has no second derivative of {operation}{where(module)}. Replace the "
         "operation, or let method='auto' or 'finite_differences' take differences of gradients. "
@@ -177,17 +188,14 @@ SHRINKINGS = 2
 """How often a step may be made smaller when the two differences disagree."""
 
 
+Quotients = Callable[[float], tuple[Tensor, Tensor, float]]
+"""h → difference quotients of steps h and h / 2, shape (n,), and the norm of what is rounded."""
+
+
 def central_differences(
     gradient: Callable[[Tensor], Tensor], vector: Tensor, point: Tensor, eps: float
 ) -> tuple[Tensor, float]:
     """H v from gradients at θ ± h v and θ ± h v / 2, and an estimate of its error.
-
-    With D(h) = (∇L(θ + h v) − ∇L(θ − h v)) / 2h the product is (4 D(h/2) − D(h)) / 3, of
-    fourth order in h (Richardson), and ‖D(h/2) − D(h)‖ estimates the error, or what rounding of
-    the gradients adds to it if that is more. The step h is such
-    that no parameter moves by more than eps^(1/4) of their root mean square; it is made 16 times
-    smaller, at most twice, while the two differences disagree by more than 5 % for another reason
-    than rounding.
 
     Args:
         gradient: ∇L(θ + δ), shape (n,), for a displacement δ of shape (n,).
@@ -198,41 +206,52 @@ def central_differences(
     Returns:
         H v and the estimated norm of its error.
     """
+
+    def quotients(step: float) -> tuple[Tensor, Tensor, float]:
+        scale = 0.0
+
+        def difference(h: float) -> Tensor:
+            nonlocal scale
+            above, below = gradient(h * vector), gradient(-h * vector)
+            scale = max(scale, _norm(above))
+            return (above - below).div_(2 * h)
+
+        return difference(step), difference(step / 2), scale
+
+    return extrapolated(quotients, vector, point, eps)
+
+
+def extrapolated(
+    quotients: Quotients, vector: Tensor, point: Tensor, eps: float
+) -> tuple[Tensor, float]:
+    """A derivative along `vector` from central differences, and an estimate of its error.
+
+    With the quotient D(h) it is (4 D(h/2) − D(h)) / 3, of fourth order in h (Richardson), and
+    ‖D(h/2) − D(h)‖ estimates the error, or what rounding adds to it if that is more. The step h is
+    such that no parameter moves by more than eps^(1/4) of their root mean square; it is made 16
+    times smaller, at most twice, while the two differences disagree by more than 5 % for another
+    reason than rounding.
+    """
     length = float(vector.abs().max())
     if length == 0:
         return torch.zeros_like(vector), 0.0
-    size = float(torch.linalg.vector_norm(point, dtype=_wide(point))) / math.sqrt(len(point))
+    size = _norm(point) / math.sqrt(len(point))
     step = eps**0.25 * (size if size > 0 else 1.0) / length
     best: tuple[Tensor, float] | None = None
     for _ in range(1 + SHRINKINGS):
-        product, error, rounding = _extrapolated(gradient, vector, step, eps)
+        wide, narrow, scale = quotients(step)
+        error, rounding = _norm(narrow - wide), eps * scale / step
+        product = (4 * narrow - wide).div_(3)
         # No difference at all is that of steps too small for the gradient's digits.
         if best is None or 0 < error < best[1]:
             best = product, max(error, rounding)
-        norm = float(torch.linalg.vector_norm(product, dtype=_wide(product)))
-        if not error > max(0.05 * norm, 10 * rounding):
+        if not error > max(0.05 * _norm(product), 10 * rounding):
             break
         step /= 16
     return best  # type: ignore[return-value]
 
 
-def _extrapolated(
-    gradient: Callable[[Tensor], Tensor], vector: Tensor, step: float, eps: float
-) -> tuple[Tensor, float, float]:
-    """The extrapolated product, its estimated error, and what rounding may have added to it."""
-    scale = 0.0
-
-    def difference(h: float) -> Tensor:
-        nonlocal scale
-        above, below = gradient(h * vector), gradient(-h * vector)
-        scale = max(scale, float(torch.linalg.vector_norm(above, dtype=_wide(above))))
-        return (above - below).div_(2 * h)
-
-    wide, narrow = difference(step), difference(step / 2)
-    error = float(torch.linalg.vector_norm(narrow - wide, dtype=_wide(wide)))
-    return (4 * narrow - wide).div_(3), error, eps * scale / step
-
-
-def _wide(tensor: Tensor) -> torch.dtype | None:
-    """float64 for norms, where the device has it: squares of small numbers vanish in float32."""
-    return None if tensor.device.type == "mps" else torch.float64
+def _norm(tensor: Tensor) -> float:
+    """In float64, where the device has it: squares of small numbers vanish in float32."""
+    wide = None if tensor.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(tensor, dtype=wide))

@@ -84,7 +84,9 @@ class GraphTrace:
             self._labels.setdefault(node, name)
             waiting += [n for n, _ in node.next_functions]
 
-    def refusal(self, loss: Tensor, leaves: Sequence[Tensor]) -> tuple[str, str] | None:
+    def refusal(
+        self, loss: Tensor | Sequence[Tensor], leaves: Sequence[Tensor]
+    ) -> tuple[str, str] | None:
         """An operation without second derivative that PyTorch may not complain of, and its module.
 
         Past a function marked as once_differentiable PyTorch prunes the graph, which silently
@@ -134,7 +136,7 @@ def _key(name: str) -> str:
     return re.sub(r"backward\d*$", "", name.lower().split("::")[-1].replace("_", ""))
 
 
-def _leading_to(loss: Tensor, leaves: Sequence[Tensor]) -> set[Any]:
+def _leading_to(loss: Tensor | Sequence[Tensor], leaves: Sequence[Tensor]) -> set[Any]:
     """The nodes of a graph from which its edges lead to one of the leaves."""
     wanted = {id(leaf) for leaf in leaves}
     order: list[Any] = []

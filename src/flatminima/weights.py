@@ -7,13 +7,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 from .nested import tensors_in
 
-__all__ = ["BatchWeight", "example_count", "is_sum", "split_pair", "token_weight"]
+__all__ = [
+    "BatchWeight",
+    "criterion_function",
+    "criterion_option",
+    "example_count",
+    "example_weights",
+    "is_sum",
+    "split_pair",
+    "token_weight",
+]
 
 
 def token_weight(
@@ -113,14 +123,15 @@ _ELEMENT_FUNCTIONS = (
 _FUNCTIONS = (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS)
 
 
-def _option(loss_fn: Any, name: str, default: Any) -> Any:
+def criterion_option(loss_fn: Any, name: str, default: Any) -> Any:
     """An option of a criterion: an attribute of a module, a keyword bound by `partial`."""
     if isinstance(loss_fn, functools.partial):
-        return loss_fn.keywords.get(name, _option(loss_fn.func, name, default))
+        return loss_fn.keywords.get(name, criterion_option(loss_fn.func, name, default))
     return getattr(loss_fn, name, default) if isinstance(loss_fn, nn.Module) else default
 
 
-def _function(loss_fn: Any) -> Any:
+def criterion_function(loss_fn: Any) -> Any:
+    """The criterion inside of `functools.partial`."""
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
     return loss_fn
@@ -129,9 +140,9 @@ def _function(loss_fn: Any) -> Any:
 def is_sum(loss_fn: Any) -> bool:
     """Whether the criterion adds up its terms instead of averaging them."""
     # size_average is how reduction was spelled once; the modules translate it themselves.
-    if _option(loss_fn, "size_average", None) is False:
+    if criterion_option(loss_fn, "size_average", None) is False:
         return True
-    return bool(_option(loss_fn, "reduction", "mean") == "sum")
+    return bool(criterion_option(loss_fn, "reduction", "mean") == "sum")
 
 
 def _count_terms(loss_fn: Any, target: Any) -> float | None:
@@ -141,24 +152,50 @@ def _count_terms(loss_fn: Any, target: Any) -> float | None:
     weight. Element-wise criteria (MSE, BCE, …): the elements of the target. Anything else: the
     target's first dimension. None when the target does not tell.
     """
-    function = _function(loss_fn)
+    function = criterion_function(loss_fn)
     tensor = next(tensors_in(target), None)
     if tensor is None:
         return None
     if isinstance(function, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS:
         if tensor.dtype.is_floating_point:
             return float(tensor.numel() // tensor.shape[1]) if tensor.dim() > 1 else 1.0
-        kept = tensor != _option(loss_fn, "ignore_index", -100)
-        weight = _option(loss_fn, "weight", None)
+        kept = tensor != criterion_option(loss_fn, "ignore_index", -100)
+        weight = criterion_option(loss_fn, "weight", None)
         if weight is None:
             return float(kept.sum().item())
         classes = weight.detach().double().cpu()
         return float(classes[tensor[kept].long().cpu()].sum().item())
     if isinstance(function, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
-        if _option(loss_fn, "reduction", "mean") == "batchmean":
+        if criterion_option(loss_fn, "reduction", "mean") == "batchmean":
             return float(tensor.shape[0])
         return float(tensor.numel())
     return float(tensor.shape[0]) if tensor.dim() > 0 else 1.0
+
+
+def example_weights(loss_fn: Any, target: Any) -> Tensor | None:
+    """The weight w_i of each example of a batch, over how many terms its own mean loss runs.
+
+    The batch's weight in parts, shape (examples,); None when the target does not tell.
+    """
+    function = criterion_function(loss_fn)
+    tensor = next(tensors_in(target), None)
+    if tensor is None:
+        return None
+    if tensor.dim() == 0:
+        tensor = tensor.unsqueeze(0)
+    ones = torch.ones(len(tensor), dtype=torch.float64, device=tensor.device)
+    indices = not tensor.dtype.is_floating_point
+    if indices and (isinstance(function, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS):
+        used = tensor != criterion_option(loss_fn, "ignore_index", -100)
+        weight = criterion_option(loss_fn, "weight", None)
+        own = used.double()
+        if weight is not None:
+            classes = weight.detach().to(tensor.device, torch.float64)
+            own = own * classes[torch.where(used, tensor, 0).long()]
+        found: Tensor = own.reshape(len(tensor), -1).sum(1)
+        return found
+    total = _count_terms(loss_fn, target)
+    return None if total is None else ones * (total / max(1, len(tensor)))
 
 
 def _check_weight(value: Any, index: int) -> float:
@@ -258,7 +295,7 @@ def _hides_labels(loss_fn: Any, data: Any, target: Any) -> bool:
     if loss_fn is None:
         labels = _integer_labels(data, _labels_place(data))
     else:
-        function = _function(loss_fn)
+        function = criterion_function(loss_fn)
         known = function in _FUNCTIONS or isinstance(function, nn.modules.loss._Loss)
         labels = None if known else target
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:

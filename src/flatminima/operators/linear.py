@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_device, check_integer
 from ..errors import (
@@ -75,6 +75,11 @@ class LinearOperator(ABC):
     @property
     def layout(self) -> Layout | None:
         """Which parameters the entries of a vector belong to; None where there are none."""
+        return None
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter] | None:
+        """The parameters themselves by name, where there are any."""
         return None
 
     def exact_diagonal(self) -> Tensor | None:

@@ -1,0 +1,307 @@
+"""The generalised Gauss–Newton matrix and the Fisher matrices of an objective."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ..checks import check_choice, check_integer
+from ..errors import FlatMinimaWarning, InvalidArgumentError, warn
+from ..forward import Evaluated
+from ..gradients import accumulated, checkpoints_reentrantly
+from ..kept import Graph, KeepGraph
+from ..loss_curvature import (
+    OutputMatrix,
+    loss_gradient,
+    loss_hessian,
+    outputs_at,
+    places_in,
+)
+from ..nested import mapped, to_device
+from ..objective import Objective, check_objective
+from ..output_products import OutputGraph
+from ..products import PerLeaf, extrapolated
+from ..randomness import Seed, as_generator, reseed
+from ..scores import drawn_scores, given_scores, likelihood_curvature
+from ..tracing import GraphTrace
+from ..weights import split_pair
+from .curvature import CurvatureOperator
+
+__all__ = ["FisherOperator", "GaussNewtonOperator"]
+
+Method = Literal["auto", "double_backward", "finite_differences"]
+METHODS = ("auto", "double_backward", "finite_differences")
+
+
+class _OutputOperator(CurvatureOperator):
+    """Jᵀ M J, with M on the outputs of each batch."""
+
+    def __init__(self, objective: Objective, *, method: str, keep_graph: KeepGraph) -> None:
+        call = type(self).__name__
+        check_objective(call, objective)
+        if objective.loss_fn is None:
+            raise InvalidArgumentError(
+                f"{call} looks between the model's outputs and the loss, and an objective with "
+                "batch_loss= does not show them. Make it as fm.Objective(model, loss_fn, data) "
+                "with loss_fn(output, target) and (input, target) batches; a model that takes "
+                "several inputs gets them from a small module around it whose forward(input) "
+                "returns what the loss is made of, such as model(**input).logits."
+            )
+        super().__init__(objective, method=method, methods=METHODS, keep_graph=keep_graph)
+        self._lowest: Tensor | None = None
+
+    @abstractmethod
+    def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
+        """M for one batch."""
+
+    def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> Graph:
+        matrix = self._matrix(seen, trace)
+        outputs = outputs_at(seen.output, places_in(seen.output))
+        return OutputGraph(outputs, matrix, leaves, self.objective.layout, trace, note=self._note)
+
+    def _note(self, low: Tensor, size: Tensor) -> None:
+        """Remember the least curvature of the loss along outputs, and the largest."""
+        if self._lowest is not None:
+            low, size = torch.minimum(low, self._lowest[0]), torch.maximum(size, self._lowest[1])
+        self._lowest = torch.stack([low, size])
+
+    # ------------------------------------------------------------------ by differences
+
+    def _quotient(self, vector: Tensor, eps: float) -> tuple[Tensor, float]:
+        """J v by differences of outputs, Jᵀ by one backward pass."""
+        objective = self.objective
+        own = list(objective.model.parameters())
+
+        def quotients(step: float) -> tuple[Tensor, Tensor, float]:
+            def part(seen: Evaluated, leaves: list[Tensor]) -> PerLeaf:
+                outputs = outputs_at(seen.output, places_in(seen.output))
+
+                def pulled(above: Any, below: Any, scale: float) -> PerLeaf:
+                    change = zip(outputs, self._change(seen, above, below), strict=True)
+                    pairs = [(o, c * scale) for o, c in change if c is not None]
+                    return _pulled(pairs, leaves, own)
+
+                found: list[Tensor | None] = []
+                for h in (step, step / 2):
+                    above, below = (self._output(seen, s * vector) for s in (h, -h))
+                    found += pulled(above, below, 1 / (2 * h))
+                # What rounding of the outputs is magnified from.
+                nothing = mapped(seen.output, torch.zeros_like)
+                return found + list(pulled(mapped(seen.output, Tensor.detach), nothing, 1.0))
+
+            rows = objective.sum_over_batches(part, derivatives=1, rows=3)[1]
+            wide, narrow, size = rows
+            return wide, narrow, float(torch.linalg.vector_norm(size))
+
+        return extrapolated(quotients, vector, objective.point(), eps)
+
+    def _output(self, seen: Evaluated, shift: Tensor) -> Any:
+        """The model's output for the same batch at θ + δ, without a graph."""
+        layout = self.objective.layout
+        moved = {
+            name: seen.tensors[name] + piece
+            for name, piece in zip(layout.names, layout.unflatten(shift), strict=True)
+        }
+        data = to_device(seen.batch.data, self.device, duplicate=True)
+        reseed(seen.batch.index)
+        with torch.no_grad():
+            return functional_call(
+                self.objective.model, moved, (split_pair(data, seen.batch.index)[0],)
+            )
+
+    @abstractmethod
+    def _change(self, seen: Evaluated, above: Any, below: Any) -> Sequence[Tensor | None]:
+        """What M makes of the difference of two outputs."""
+
+
+def _pulled(
+    pairs: Sequence[tuple[Tensor, Tensor]], leaves: list[Tensor], own: Sequence[Tensor]
+) -> PerLeaf:
+    """Σ Jᵀ c over pairs of an output and its cotangent, the graph being kept."""
+    if not pairs:
+        return [None] * len(leaves)
+    total = torch.stack([(o * c).sum() for o, c in pairs]).sum()
+    if checkpoints_reentrantly(total):
+        return accumulated(total, leaves, own, keep=True)
+    return torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+
+
+class GaussNewtonOperator(_OutputOperator):
+    """G = (1/Σw) Σ Jᵀ ∇²ℓ J, the generalised Gauss–Newton matrix, by products over all data.
+
+    J is the Jacobian of the model's outputs by the parameters and ∇²ℓ the Hessian of the loss by
+    the outputs (Schraudolph 2002; Martens 2020, arXiv:1412.1193, section 8). It is the Hessian
+    less what the curvature of the model itself adds, positive semi-definite for losses that are
+    convex in the outputs, and equals the Fisher matrix for cross-entropy and squared errors.
+
+    No Jacobian is formed: J v is the derivative of Jᵀu by u. Within a `session` the graphs are
+    kept, and a product costs one and a third of a gradient, otherwise two and a third. ∇²ℓ is
+    known in closed form for `CrossEntropyLoss`, `MSELoss` and `BCEWithLogitsLoss` and their
+    functions, and differentiated for any other loss.
+
+    Where PyTorch cannot differentiate twice, J v is a central difference of outputs, with an
+    estimate of its error.
+
+    Args:
+        objective: with `loss_fn`, as the outputs are looked at.
+        method: "auto": exact where possible; "double_backward" insists on it;
+            "finite_differences" asks for differences.
+        keep_graph: what a session may keep, as for `HessianOperator`.
+
+    Attributes:
+        objective, method, error, floor, reason: as of `HessianOperator`.
+
+    Raises:
+        InvalidArgumentError: the objective has `batch_loss`.
+        NotTwiceDifferentiableError: from a product with "double_backward".
+
+    Warns:
+        FiniteDifferenceWarning: from the first product, when "auto" falls back to differences.
+        FlatMinimaWarning: the loss is linear in the outputs, so that G = 0. This is so for
+            `NLLLoss` on log-probabilities: give logits to `CrossEntropyLoss` instead.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), (x, y))
+        >>> fm.GaussNewtonOperator(objective) @ torch.tensor([1.0, 1.0])  # of a linear model, H
+        tensor([1., 4.])
+    """
+
+    def __init__(
+        self, objective: Objective, *, method: Method = "auto", keep_graph: KeepGraph = "auto"
+    ) -> None:
+        super().__init__(objective, method=method, keep_graph=keep_graph)
+        self._linear = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know beyond autocast and short types: G may be indefinite."""
+        found = super().notes
+        if self._lowest is not None:
+            low, size = self._lowest.tolist()
+            if low < -1e-4 * size:
+                found += (
+                    "The loss is not convex in the model's outputs: its Gauss–Newton matrix is "
+                    "not positive semi-definite.",
+                )
+        return found
+
+    def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
+        assert self.objective.loss_fn is not None
+        matrix = loss_hessian(self.objective.loss_fn, seen.output, seen.target, trace)
+        if matrix.linear and not self._linear:
+            self._linear = True
+            warn(
+                "The loss is linear in the model's outputs, so that its Gauss–Newton matrix is "
+                "zero. If the outputs are log-probabilities, let the model return logits and use "
+                "CrossEntropyLoss, or take FisherOperator.",
+                FlatMinimaWarning,
+            )
+        return matrix
+
+    def _change(self, seen: Evaluated, above: Any, below: Any) -> Sequence[Tensor | None]:
+        """By gradients of the loss at both, which needs no second derivative of it."""
+        loss_fn = self.objective.loss_fn
+        assert loss_fn is not None
+        places = places_in(seen.output)
+        ends = [loss_gradient(loss_fn, at, seen.target, places)[1] for at in (above, below)]
+        return [None if a is None or b is None else a - b for a, b in zip(*ends, strict=True)]
+
+
+class FisherOperator(_OutputOperator):
+    """A Fisher information matrix of an objective, by products over all data.
+
+    With ℓ the negative logarithm of a likelihood p(y | x, θ):
+
+    * "exact" (type 2): E over x from the data and y from the model of ∇ℓ ∇ℓᵀ, without drawing.
+      For cross-entropy, squared errors and logistic outputs it equals the Gauss–Newton matrix
+      (Martens 2020, arXiv:1412.1193, section 9).
+    * "monte_carlo": the same with `samples` labels drawn for each example, the same ones in every
+      product. Its rank is at most samples × examples.
+    * "empirical": (1/N) Σ ∇ℓ_i ∇ℓ_iᵀ with the labels of the data, which is another matrix
+      (Kunstner et al. 2019, arXiv:1905.12558): it vanishes where all examples are fitted. An
+      example is an entry of the first dimension, ℓ_i its own mean loss, and N counts with the
+      weight of each.
+
+    Args:
+        objective: with `loss_fn`. For "exact" and "monte_carlo" `CrossEntropyLoss`, `NLLLoss` on
+            log-probabilities, `MSELoss` (normal observations of variance ½) or
+            `BCEWithLogitsLoss`. For "empirical" a mean or a sum over examples.
+        kind: which one.
+        samples: labels drawn for each example.
+        seed: of the draws.
+        method: as of `GaussNewtonOperator`.
+        keep_graph: as of `GaussNewtonOperator`.
+
+    Attributes:
+        objective, method, error, floor, reason: as of `HessianOperator`.
+        kind: as given.
+        samples: as given.
+
+    Raises:
+        InvalidArgumentError: the objective has `batch_loss`; from a product, the loss is no
+            likelihood that is known here, or examples cannot be told apart.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [1.0]])
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), (x, y))
+        >>> fm.FisherOperator(objective) @ torch.ones(1)  # 2 (1² + 2²) / 2
+        tensor([5.])
+        >>> fm.FisherOperator(objective, kind="empirical") @ torch.ones(1)  # ((2·3)² + (2·2)²) / 2
+        tensor([26.])
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        kind: Literal["exact", "monte_carlo", "empirical"] = "exact",
+        samples: int = 1,
+        seed: Seed = 0,
+        method: Method = "auto",
+        keep_graph: KeepGraph = "auto",
+    ) -> None:
+        super().__init__(objective, method=method, keep_graph=keep_graph)
+        self.kind = check_choice(
+            "FisherOperator", "kind", kind, ("exact", "monte_carlo", "empirical")
+        )
+        self.samples = check_integer("FisherOperator", "samples", samples, low=1)
+        generator = as_generator(seed, torch.device("cpu"))
+        # One number of it, so that every product sees the same labels.
+        self._seed = int(
+            torch.randint(2**62, (), generator=generator, device=generator.device).item()
+        )
+
+    def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:  # noqa: ARG002
+        loss_fn, output, target = self.objective.loss_fn, seen.output, seen.target
+        if self.kind == "empirical":
+            return given_scores(loss_fn, output, target)
+        if self.kind == "exact":
+            found = likelihood_curvature(loss_fn, output, target)
+        else:
+            place = seen.batch.index + 2**32 * seen.batch.start
+            generator = torch.Generator(self.device).manual_seed((self._seed + place) % 2**63)
+            found = drawn_scores(loss_fn, output, target, samples=self.samples, generator=generator)
+        if found is None:
+            raise InvalidArgumentError(
+                f"FisherOperator(kind={self.kind!r}) needs the likelihood that the loss is the "
+                "negative logarithm of, and knows those of CrossEntropyLoss, NLLLoss, MSELoss and "
+                "BCEWithLogitsLoss (without pos_weight) on one output tensor. Use "
+                "GaussNewtonOperator, or kind='empirical'."
+            )
+        return found
+
+    def _change(self, seen: Evaluated, above: Any, below: Any) -> Sequence[Tensor | None]:
+        places = places_in(seen.output)
+        ends = zip(outputs_at(above, places), outputs_at(below, places), strict=True)
+        return self._matrix(seen, None).times([a - b for a, b in ends])
