@@ -41,6 +41,8 @@ from .objective import Objective
 from .operators.gauss_newton import FisherOperator, GaussNewtonOperator
 from .operators.hessian import HessianOperator
 from .operators.linear import FunctionOperator, LinearOperator, MatrixOperator
+from .operators.restricted import BlockOperator, PreconditionedOperator, ProjectedOperator
+from .operators.sums import SumOperator
 from .report import Measurement, SharpnessReport, sharpness
 from .results import Outcome, Result, Table
 from .weights import token_weight
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentTypeError",
+    "BlockOperator",
     "Comparison",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -85,12 +88,15 @@ __all__ = [
     "OneShotDataError",
     "Outcome",
     "ParameterSelectionError",
+    "PreconditionedOperator",
+    "ProjectedOperator",
     "RandomSharpnessResult",
     "Result",
     "ShapeError",
     "SharpnessReport",
     "SharpnessResult",
     "StateMismatchError",
+    "SumOperator",
     "Table",
     "TensorSharpness",
     "TraceResult",

@@ -26,10 +26,50 @@ __all__ = [
     "Selection",
     "all_finite",
     "check_vector",
+    "matching",
     "select_parameters",
 ]
 
 Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def matching(
+    named: Sequence[tuple[str, nn.Parameter]],
+    params: str | Sequence[str] | Callable[[str, nn.Parameter], bool],
+) -> dict[str, nn.Parameter]:
+    """Those of some named parameters that patterns or a predicate choose, each tensor once.
+
+    Raises:
+        ParameterSelectionError: none, or a pattern matches nothing.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in named:
+        first.setdefault(id(parameter), name)
+    unique = {first[id(p)]: p for _, p in named}
+    if callable(params):
+        chosen = {n: p for n, p in unique.items() if params(n, p)}
+        if not chosen:
+            raise ParameterSelectionError("The predicate given as params= selects no parameter.")
+        return chosen
+    several = isinstance(params, Iterable) and not isinstance(params, str)
+    patterns = list(params) if several else [params]
+    picked: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ArgumentTypeError(
+                "params= takes None, glob patterns on parameter names, or a predicate "
+                f"(name, parameter) -> bool; got {pattern!r}."
+            )
+        hits = {first[id(p)] for n, p in named if fnmatch.fnmatchcase(n, pattern)}
+        if not hits:
+            raise ParameterSelectionError(
+                f"The pattern {pattern!r} matches no parameter. "
+                + closest(pattern, [n for n, _ in named])
+            )
+        picked |= hits
+    if not picked:
+        raise ParameterSelectionError("params= is an empty list; name at least one parameter.")
+    return {n: p for n, p in unique.items() if n in picked}
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, nn.Parameter]:
@@ -59,30 +99,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
                 "No parameter requires grad, so none is selected; name them with "
                 'params="*" (frozen parameters may be named, and stay frozen).'
             )
-    elif callable(params):
-        chosen = {n: p for n, p in unique.items() if params(n, p)}
-        if not chosen:
-            raise ParameterSelectionError("The predicate given as params= selects no parameter.")
     else:
-        several = isinstance(params, Iterable) and not isinstance(params, str)
-        patterns = list(params) if several else [params]
-        picked: set[str] = set()
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise ArgumentTypeError(
-                    "params= takes None, glob patterns on parameter names, or a predicate "
-                    f"(name, parameter) -> bool; got {pattern!r}."
-                )
-            hits = {first[id(p)] for n, p in named if fnmatch.fnmatchcase(n, pattern)}
-            if not hits:
-                raise ParameterSelectionError(
-                    f"The pattern {pattern!r} matches no parameter. "
-                    + closest(pattern, [n for n, _ in named])
-                )
-            picked |= hits
-        chosen = {n: p for n, p in unique.items() if n in picked}
-        if not chosen:
-            raise ParameterSelectionError("params= is an empty list; name at least one parameter.")
+        chosen = matching(named, params)
 
     if not any(p.numel() for p in chosen.values()):
         raise ParameterSelectionError("The selected parameters have no elements.")

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..checks import check_choice, check_integer
-from ..errors import FlatMinimaWarning, InvalidArgumentError, warn
+from ..errors import FlatMinimaWarning, InvalidArgumentError, NotTwiceDifferentiableError, warn
 from ..forward import Evaluated
 from ..gradients import accumulated, checkpoints_reentrantly
+from ..jacobians import DependentExamplesError, jacobian_diagonal
 from ..kept import Graph, KeepGraph
 from ..loss_curvature import (
     OutputMatrix,
@@ -69,6 +70,25 @@ class _OutputOperator(CurvatureOperator):
         if self._lowest is not None:
             low, size = torch.minimum(low, self._lowest[0]), torch.maximum(size, self._lowest[1])
         self._lowest = torch.stack([low, size])
+
+    def exact_diagonal(self) -> Tensor | None:
+        """The diagonal, shape (n,), by the Jacobian of each example.
+
+        Costs about as many gradients as an example has outputs. None where that is above 64, the
+        outputs are no single tensor with the examples first, or examples depend on each other.
+        """
+
+        def part(seen: Evaluated, leaves: list[Tensor]) -> PerLeaf:
+            named = dict(zip(self.objective.layout.names, leaves, strict=True))
+            inputs = split_pair(seen.batch.data, seen.batch.index)[0]
+            matrix = self._matrix(seen, trace)
+            return jacobian_diagonal(self.objective.model, inputs, seen.output, matrix, named)
+
+        try:
+            with GraphTrace(self.objective.model) as trace:
+                return self.objective.sum_over_batches(part, derivatives=1)[1][0]
+        except (DependentExamplesError, NotTwiceDifferentiableError):
+            return None
 
     # ------------------------------------------------------------------ by differences
 

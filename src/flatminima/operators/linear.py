@@ -20,6 +20,7 @@ from ..errors import (
     NotSymmetricError,
     ShapeError,
 )
+from ..progress import progress_bar
 from ..vectors import Layout, all_finite, check_vector
 
 __all__ = [
@@ -28,6 +29,12 @@ __all__ = [
     "MatrixOperator",
     "check_operator",
 ]
+
+DENSE = 20_000
+"""Largest n of a dense matrix, of 3.2 GB in float64."""
+
+BLOCK = 64
+"""Unit vectors multiplied at once."""
 
 
 class LinearOperator(ABC):
@@ -155,6 +162,85 @@ class LinearOperator(ABC):
                 f"got {tuple(other.shape)}."
             )
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        """A + B."""
+        from .sums import SumOperator
+
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return SumOperator([self, other])
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        """A − B."""
+        from .sums import SumOperator
+
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return SumOperator([self, other], [1.0, -1.0])
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        """C A, also written `c * A`."""
+        from .sums import SumOperator
+
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        return SumOperator([self], [factor])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        """−A."""
+        return self * -1.0
+
+    def shifted(self, shift: float) -> LinearOperator:
+        """A + shift · I.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> operator = fm.MatrixOperator(torch.eye(2))
+            >>> (2 * operator + operator).shifted(0.5) @ torch.ones(2)
+            tensor([3.5000, 3.5000])
+        """
+        from .sums import SumOperator
+
+        return SumOperator([self], shift=shift)
+
+    def to_dense(self, *, progress: bool = True) -> Tensor:
+        """The matrix itself, shape (n, n), by a product with each unit vector.
+
+        Args:
+            progress: show a bar if it takes long.
+
+        Raises:
+            InvalidArgumentError: n is above 20000.
+            NonFiniteError: a product holds NaN or infinity.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> fm.FunctionOperator(lambda v: 2 * v, 2).to_dense()
+            tensor([[2., 0.],
+                    [0., 2.]])
+        """
+        n = self.shape[0]
+        if n > DENSE:
+            raise InvalidArgumentError(
+                f"{type(self).__name__}.to_dense would make a matrix of {n} × {n} numbers and "
+                f"takes n ≤ {DENSE}. Select fewer parameters, or use lanczos, trace, diagonal or "
+                "spectral_density, which need products alone."
+            )
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        with (
+            self.session(),
+            progress_bar("dense matrix", total=n, unit="product", show=progress) as bar,
+        ):
+            for start in range(0, n, BLOCK):
+                rows = out[start : start + BLOCK]
+                unit = torch.zeros_like(rows)
+                unit.diagonal(start).fill_(1)
+                rows.copy_(self._products(unit))
+                bar.update(len(rows))
+        return self._finite(out)
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
         """⟨left, right⟩ of two (n,) vectors, a scalar tensor on the device."""
