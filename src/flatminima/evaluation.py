@@ -91,6 +91,7 @@ class Evaluator:
         derivatives: Derivatives,
         kept: Mapping[int, Evaluated] | None = None,
         prepare: Prepare | None = None,
+        outputs_only: bool = False,
     ) -> float:
         """Σ_b w_b ℓ_b / Σ_b w_b in float64; NaN when some batches are kept, as it is known then.
 
@@ -103,6 +104,7 @@ class Evaluator:
             kept: batches that were evaluated before, by number: these are shown to `visit` once
                 more, with the tensors in the module that it had then, instead of run forward.
             prepare: evaluates the other batches.
+            outputs_only: whether `visit` differentiates the outputs alone, and not the loss.
         """
         return self.mean_losses(
             [Point(parameters, buffers, visit)],
@@ -110,6 +112,7 @@ class Evaluator:
             derivatives=derivatives,
             kept=kept,
             prepare=prepare,
+            outputs_only=outputs_only,
         )[0]
 
     def mean_losses(
@@ -120,6 +123,7 @@ class Evaluator:
         derivatives: Derivatives,
         kept: Mapping[int, Evaluated] | None = None,
         prepare: Prepare | None = None,
+        outputs_only: bool = False,
     ) -> list[float]:
         """The mean loss at each of several points, in one reading of the data.
 
@@ -159,7 +163,9 @@ class Evaluator:
                     # batch to the next is found out by the leaves that both have.
                     tensors = present.leaves.fresh(renew=self._writes is True)
                     if prepare is None:
-                        return self._forward.evaluate(own, shadows, tensors, show)
+                        return self._forward.evaluate(
+                            own, shadows, tensors, show, outputs_only=outputs_only
+                        )
                     seen = prepare(own, self._forward.loss_of(own), tensors, shadows)
                     show(seen)
                     return seen.loss

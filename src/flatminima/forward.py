@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -24,7 +25,7 @@ class Evaluated:
 
     batch: Batch
     loss: Tensor
-    """ℓ_b, a scalar with its graph."""
+    """ℓ_b, a scalar with its graph, or without it where only the output's is wanted."""
     output: Any
     """Of the model, and the target: None under `batch_loss`."""
     target: Any
@@ -68,11 +69,13 @@ class Forward(nn.Module):
         others: Mapping[str, Tensor],
         parameters: dict[str, Tensor],
         visit: Callable[[Evaluated], None],
+        *,
+        outputs_only: bool = False,
     ) -> Tensor:
-        """ℓ_b without its graph, after `visit` has seen it."""
+        """ℓ_b without its graph, after `visit` has seen it; with `outputs_only`, likewise."""
 
         def run() -> Tensor:
-            seen = self._run(batch, parameters)
+            seen = self._run(batch, parameters, outputs_only=outputs_only)
             visit(seen)
             return seen.loss.detach()
 
@@ -99,7 +102,9 @@ class Forward(nn.Module):
         """What `functional_call` calls."""
         return run()
 
-    def _run(self, batch: Batch, parameters: dict[str, Tensor]) -> Evaluated:
+    def _run(
+        self, batch: Batch, parameters: dict[str, Tensor], *, outputs_only: bool = False
+    ) -> Evaluated:
         loss_fn, batch_loss = self._functions
         output: Any = None
         target: Any = None
@@ -110,7 +115,8 @@ class Forward(nn.Module):
             inputs, target = split_pair(batch.data, batch.index)
             try:
                 output = self.model(inputs)
-                loss = loss_fn(output, target)
+                with torch.set_grad_enabled(not outputs_only):
+                    loss = loss_fn(output, target)
             except (TypeError, AttributeError) as error:
                 strange = next((v for v in (inputs, output) if _is_structured(v)), None)
                 if strange is None:

@@ -31,7 +31,7 @@ __all__ = [
     "places_in",
 ]
 
-CHUNK = 2**22
+CHUNK = 2**20
 """Elements of an output that are worked on at once."""
 
 Outputs = Sequence[Tensor]

@@ -24,6 +24,7 @@ from .gradients import accumulated, checkpoints_reentrantly
 from .guards import Derivatives
 from .metrics import Metric
 from .modules import check_devices, check_model, unwrapped
+from .nested import tensors_in
 from .pieces import Microbatch, Pieces
 from .states import State, evaluated
 from .vectors import Layout, Selection, all_finite, check_vector, select_parameters
@@ -126,9 +127,8 @@ class Objective:
         microbatch: Microbatch = None,
         progress: bool = True,
     ) -> None:
-        check_instance(
-            "Objective", "model", model, nn.Module, "Wrap a function in a small nn.Module."
-        )
+        hint = "Wrap a function in a small nn.Module."
+        check_instance("Objective", "model", model, nn.Module, hint)
         if (loss_fn is None) == (batch_loss is None):
             raise InvalidArgumentError(
                 "Objective takes either loss_fn(output, target) or batch_loss=(model, batch); "
@@ -326,6 +326,7 @@ class Objective:
         rows: int = 1,
         kept: Mapping[int, Evaluated] | None = None,
         prepare: Prepare | None = None,
+        outputs_only: bool = False,
     ) -> tuple[float, Tensor]:
         """The one place where batches are added up.
 
@@ -340,6 +341,7 @@ class Objective:
             rows: how many vectors `part` gives.
             kept: batches evaluated there before, shown to `part` again.
             prepare: evaluates the others.
+            outputs_only: `part` differentiates `seen.output`, and `seen.loss` has no graph.
 
         Returns:
             L(θ + δ), added up in float64 (NaN with batches in `kept`), and
@@ -351,7 +353,10 @@ class Objective:
             nonlocal total
             if part is None:
                 return
-            if seen.prepared is None and not seen.loss.requires_grad:
+            graph = any(
+                t.requires_grad for t in tensors_in(seen.output if outputs_only else seen.loss)
+            )
+            if seen.prepared is None and not graph:
                 raise LossNotScalarError(
                     f"The loss of batch {seen.batch.index} does not depend on the selected "
                     "parameters: unused, or the graph is cut by detach(), no_grad() or .data."
@@ -374,6 +379,7 @@ class Objective:
                 derivatives=0 if part is None else derivatives,
                 kept=kept,
                 prepare=prepare,
+                outputs_only=outputs_only,
             )
         return value, total.div_(self.batches.total_weight)
 

@@ -70,6 +70,9 @@ class CurvatureOperator(LinearOperator):
         # Whether a pass has shown that every operation has a second derivative.
         self._examined = False
 
+    _outputs_only = False
+    """Whether graphs are made of a batch's outputs, and not of its loss."""
+
     @abstractmethod
     def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> Graph:
         """What products are taken by, for one batch."""
@@ -187,7 +190,12 @@ class CurvatureOperator(LinearOperator):
                     trace.forget()
 
         loss, product = self.objective.sum_over_batches(
-            add, derivatives=2, rows=rows, kept=kept.seen, prepare=self._preparation()
+            add,
+            derivatives=2,
+            rows=rows,
+            kept=kept.seen,
+            prepare=self._preparation(),
+            outputs_only=self._outputs_only,
         )
         if not math.isnan(loss):
             # What cancels exactly on paper, such as a bias before batch norm, leaves this much.

@@ -42,6 +42,8 @@ METHODS = ("auto", "double_backward", "finite_differences")
 class _OutputOperator(CurvatureOperator):
     """Jᵀ M J, with M on the outputs of each batch."""
 
+    _outputs_only = True
+
     def __init__(self, objective: Objective, *, method: str, keep_graph: KeepGraph) -> None:
         call = type(self).__name__
         check_objective(call, objective)
@@ -86,7 +88,7 @@ class _OutputOperator(CurvatureOperator):
 
         try:
             with GraphTrace(self.objective.model) as trace:
-                return self.objective.sum_over_batches(part, derivatives=1)[1][0]
+                return self.objective.sum_over_batches(part, derivatives=1, outputs_only=True)[1][0]
         except (DependentExamplesError, NotTwiceDifferentiableError):
             return None
 
@@ -114,7 +116,7 @@ class _OutputOperator(CurvatureOperator):
                 nothing = mapped(seen.output, torch.zeros_like)
                 return found + list(pulled(mapped(seen.output, Tensor.detach), nothing, 1.0))
 
-            rows = objective.sum_over_batches(part, derivatives=1, rows=3)[1]
+            rows = objective.sum_over_batches(part, derivatives=1, rows=3, outputs_only=True)[1]
             wide, narrow, size = rows
             return wide, narrow, float(torch.linalg.vector_norm(size))
 
