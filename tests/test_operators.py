@@ -532,4 +532,5 @@ def test_a_matrix_knows_its_diagonal_and_a_hessian_its_layout():
     assert torch.equal(operator.matrix, matrix)
     hessian = fm.HessianOperator(build("linear_regression").objective())
     assert hessian.layout is hessian.objective.layout
-    assert operator.layout is None and hessian.exact_diagonal() is None
+    assert operator.layout is None
+    assert hessian.exact_diagonal() is None
