@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .second_derivatives import in_transform
+from .plain import in_transform
 
 __all__ = ["twice_differentiable"]
 
