@@ -104,7 +104,13 @@ class _Attention(Function):
                 d_out, q, k, v, p, mask, ctx.scale, ctx.lead
             )
         else:
-            found = _first(d_out, d_p, q, k, v, p, ctx.scale)[:3]
+            turned = v.transpose(1, 2)
+            d_v = None
+            if d_out is not None:
+                d_v = p.transpose(1, 2) @ d_out
+                d_p = d_out @ turned if d_p is None else torch.baddbmm(d_p, d_out, turned)
+            d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+            found = (*_by_scores(d_scores, q, k, ctx.scale), d_v)
         return (*found, None, None, None)
 
 
@@ -119,31 +125,9 @@ def _softmax(
     return p.view(-1, *p.shape[-2:])
 
 
-def _first(
-    d_out: Tensor | None,
-    d_p: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    p: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """The gradients by q, k and v; further p's adjoint less its mean, and that of the scores."""
-    d_v = None
-    if d_out is not None:
-        d_v = p.transpose(1, 2) @ d_out
-        turned = v.transpose(1, 2)
-        d_p = d_out @ turned if d_p is None else torch.baddbmm(d_p, d_out, turned)
-    assert d_p is not None
-    centred = d_p - (d_p * p).sum(-1, keepdim=True)
-    d_scores = centred * p
-    return (
-        _scaled(d_scores, k, scale),
-        _scaled(d_scores.transpose(1, 2), q, scale),
-        d_v,
-        centred,
-        d_scores,
-    )
+def _by_scores(d_scores: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients by q and k."""
+    return _scaled(d_scores, k, scale), _scaled(d_scores.transpose(1, 2), q, scale)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -165,11 +149,13 @@ class _AttentionBackward(Function):
         scale: float,
         lead: tuple[int, ...],
     ) -> tuple[Tensor | None, ...]:
-        *found, centred, d_scores = _first(d_out, None, q, k, v, p, scale)
+        centred = d_out @ v.transpose(1, 2)
+        centred.sub_((centred * p).sum(-1, keepdim=True))
+        d_scores = centred * p
         ctx.save_for_backward(d_out, q, k, v, p, mask, centred, d_scores)
         ctx.scale, ctx.lead = scale, lead
         ctx.set_materialize_grads(False)
-        return tuple(found)
+        return (*_by_scores(d_scores, q, k, scale), p.transpose(1, 2) @ d_out)
 
     @staticmethod
     def backward(
@@ -200,8 +186,9 @@ class _AttentionBackward(Function):
                 g_scores.baddbmm_(q, turned, alpha=scale)
             by_q = _scaled(d_scores, g_k, scale)
         if g_scores is not None:
-            g_scores.sub_((g_scores * p).sum(-1, keepdim=True))
-            moved = p * g_scores
+            moved = g_scores * p
+            g_scores.sub_(moved.sum(-1, keepdim=True))
+            torch.mul(g_scores, p, out=moved)
             g_out, by_v = moved @ v, moved.transpose(1, 2) @ d_out
             # Up to a constant in each row, which has no effect through the softmax.
             g_p = g_scores.mul_(centred)

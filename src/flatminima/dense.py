@@ -193,7 +193,7 @@ class _LayerNormBackward(Function):
         ctx.eps, ctx.wanted = eps, wanted
         ctx.set_materialize_grads(False)
         found = torch.ops.aten.native_layer_norm_backward.default(
-            d_out, x, x.shape[1:], mean, rstd, weight, bias, list(wanted)
+            d_out.contiguous(), x, x.shape[1:], mean, rstd, weight, bias, list(wanted)
         )
         return tuple(g if w else None for g, w in zip(found, wanted, strict=True))
 
@@ -243,30 +243,35 @@ def _layer_norm_second(
         )[0]
         return found
 
-    y = torch.addcmul(-mean * rstd, x, rstd)
-    g_out = g_weight_of = None
-    if g_weight is not None:
-        g_out = y * g_weight if g_bias is None else torch.addcmul(g_bias, y, g_weight)
-    elif g_bias is not None:
-        g_out = g_bias.expand_as(d_out)
+    # In place wherever a tensor is of no further use: these passes wait for memory.
+    y = (x - mean).mul_(rstd)
     if g_x is None:
+        g_out = None
+        if g_weight is not None:
+            g_out = y.mul_(g_weight) if g_bias is None else y.mul_(g_weight).add_(g_bias)
+        elif g_bias is not None:
+            g_out = g_bias.expand_as(d_out)
         return [g_out, None if g_weight is None else projected(d_out * g_weight), None]
-    both = projected(g_x)
-    shared = d_out * both
-    if weight is None:
-        share, along = shared.sum(1, keepdim=True), (d_out * y).sum(1, keepdim=True)
-        scaled = both
-    else:
-        g_weight_of = shared.sum(0)
-        column = weight.unsqueeze(1)
-        share, along = shared @ column, (d_out * y) @ column
-        scaled = both * weight
-    across = (g_x * y).sum(1, keepdim=True)
-    factor = rstd / -x.shape[1]
+
+    def added_up(rows: Tensor) -> Tensor:
+        return (rows.sum(1) if weight is None else rows @ weight).unsqueeze(1)
+
+    g_out = projected(g_x)
+    shared = d_out * g_out
+    g_weight_of = None if weight is None else shared.sum(0)
+    share = added_up(shared)
+    along = added_up(torch.mul(d_out, y, out=shared))
+    across = torch.mul(g_x, y, out=shared).sum(1, keepdim=True)
     # −r / D times (along · g_x + across · d w), and what comes by the weight's gradient.
-    outer = across * factor if weight is None else (across * factor) * weight
+    factor = rstd / -x.shape[1]
+    inner = shared.copy_(across * factor)
+    if weight is not None:
+        g_out.mul_(weight)
+        inner.mul_(weight)
     if g_weight is not None:
-        outer = outer + g_weight
-    inner = torch.addcmul(g_x * (along * factor), d_out, outer)
-    g_x_of = torch.addcmul(projected(inner), y, share * factor)
-    return [scaled if g_out is None else scaled + g_out, g_x_of, g_weight_of]
+        g_out.addcmul_(y, g_weight)
+        inner.add_(g_weight)
+    if g_bias is not None:
+        g_out.add_(g_bias)
+    inner.mul_(d_out).addcmul_(g_x, along * factor)
+    return [g_out, projected(inner).addcmul_(y, share * factor), g_weight_of]
