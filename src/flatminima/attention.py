@@ -53,11 +53,11 @@ def scaled_dot_product_attention(
         if mask is None or mask.dim() > query.dim():
             return None
         full = (*lead, *rows, key.shape[-2])
-        if torch.broadcast_shapes(mask.shape, full) != full:
+        if any(m not in (1, f) for m, f in zip(mask.shape[::-1], full[::-1], strict=False)):
             return None
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     flat = [t.reshape(-1, *t.shape[-2:]) for t in given]
-    out = _Attention.apply(*flat, mask, factor, lead)[0]  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(*flat, mask, factor, lead)[0]  # type: ignore[no-untyped-call]
     return out.view(*lead, *out.shape[-2:])
 
 
@@ -109,6 +109,7 @@ class _Attention(Function):
             if d_out is not None:
                 d_v = p.transpose(1, 2) @ d_out
                 d_p = d_out @ turned if d_p is None else torch.baddbmm(d_p, d_out, turned)
+            assert d_p is not None
             d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
             found = (*_by_scores(d_scores, q, k, ctx.scale), d_v)
         return (*found, None, None, None)

@@ -148,7 +148,10 @@ def layer_norm(
     if any(t.dim() != len(shape) for t in given[1:]):
         return None
     size = shape[0] if len(shape) == 1 else input[(0,) * (input.dim() - len(shape))].numel()
-    flat = [input.reshape(-1, size), *(None if t is None else t.reshape(size) for t in (weight, bias))]
+    flat = [
+        input.reshape(-1, size),
+        *(None if t is None else t.reshape(size) for t in (weight, bias)),
+    ]
     out: Tensor = _LayerNorm.apply(*flat, eps)  # type: ignore[no-untyped-call]
     return out.view(input.shape)
 
@@ -206,8 +209,8 @@ class _LayerNormBackward(Function):
         if torch.is_grad_enabled():
             # A derivative more, of which PyTorch takes care.
             def first(d_out: Tensor, x: Tensor, weight: Tensor | None) -> Any:
-                def function(*inputs: Any) -> Tensor:
-                    return F.layer_norm(inputs[0], x.shape[1:], *inputs[1:], ctx.eps)
+                def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                    return F.layer_norm(x, x.shape[1:], weight, bias, ctx.eps)
 
                 return gradients_of(function, (x, weight, bias), (d_out,), ctx.wanted)
 

@@ -66,6 +66,4 @@ def gradients_of(
                 allow_unused=True,
             )
         )
-    return [
-        next(given) if w and t is not None else None for t, w in zip(own, wanted, strict=True)
-    ]
+    return [next(given) if w and t is not None else None for t, w in zip(own, wanted, strict=True)]

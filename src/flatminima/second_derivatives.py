@@ -1,4 +1,4 @@
-"""Convolutions and batch norm with second derivatives that cost less than PyTorch's."""
+"""Layers with second derivatives that cost less than PyTorch's."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class CheapSecondDerivatives(TorchFunctionMode):
 
     Batch norm in evaluation mode: PyTorch differentiates it by the general formula, of some ten
     passes over the activations. With fixed statistics it is a multiplication and an addition.
+
+    Linear layers, ReLU, layer norm and attention have second derivatives written by hand: those
+    of PyTorch are put together from general operations, one pass over the activations for each.
     """
 
     def __torch_function__(
