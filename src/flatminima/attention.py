@@ -99,7 +99,7 @@ class _Attention(Function):
         if d_out is None and d_p is None:
             return (None,) * 6
         if torch.is_grad_enabled():
-            assert d_p is None  # it comes of passes without a graph alone
+            # Without d_p, which comes of passes without a graph alone.
             found = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
                 d_out, q, k, v, p, mask, ctx.scale, ctx.lead
             )
