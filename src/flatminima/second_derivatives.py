@@ -1,4 +1,4 @@
-"""Convolutions and batch norm with second derivatives that cost less than PyTorch's."""
+"""Layers with second derivatives that cost less than PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CheapSecondDerivatives", "in_transform"]
+from .attention import multi_head_attention, scaled_dot_product_attention
+from .dense import layer_norm, linear, relu
+from .plain import are_plain
+
+__all__ = ["CheapSecondDerivatives"]
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
@@ -24,6 +28,9 @@ class CheapSecondDerivatives(TorchFunctionMode):
 
     Batch norm in evaluation mode: PyTorch differentiates it by the general formula, of some ten
     passes over the activations. With fixed statistics it is a multiplication and an addition.
+
+    Linear layers, ReLU, layer norm and attention have second derivatives written by hand: those
+    of PyTorch are put together from general operations, one pass over the activations for each.
     """
 
     def __torch_function__(
@@ -35,6 +42,8 @@ class CheapSecondDerivatives(TorchFunctionMode):
             found = _convolution(_DIMENSIONS[func], *args, **kwargs)
         elif func is F.batch_norm:
             found = _fixed_batch_norm(*args, **kwargs)
+        elif func in _OWN:
+            found = _OWN[func](*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
 
 
@@ -50,7 +59,7 @@ def _fixed_batch_norm(
 ) -> Tensor | None:
     """Batch norm with given statistics; None where it is another or does not fit."""
     given = [t for t in (input, running_mean, running_var, weight, bias) if t is not None]
-    if training or running_mean is None or running_var is None or not _are_plain(given):
+    if training or running_mean is None or running_var is None or not are_plain(given):
         return None
     if input.dtype not in (torch.float32, torch.float64):
         return None  # PyTorch adds up in a wider type
@@ -65,24 +74,15 @@ def _fixed_batch_norm(
     return out if bias is None else out + bias.view(shape)
 
 
-def in_transform() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is under way.
-
-    Neither goes through an `autograd.Function` that has no rule for it.
-    """
-    level: int = torch.autograd.forward_ad._current_level
-    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
-
-
-def _are_plain(tensors: list[Any]) -> bool:
-    """Dense tensors of one type and device, without autocast that would change the type."""
-    return (
-        not in_transform()
-        and all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
-        and len({(t.dtype, t.device) for t in tensors}) == 1
-        and not torch.is_autocast_enabled(tensors[0].device.type)
-    )
-
+_OWN: dict[Any, Any] = {
+    F.linear: linear,
+    F.relu: relu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+    F.layer_norm: layer_norm,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.multi_head_attention_forward: multi_head_attention,
+}
 
 _DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
@@ -99,7 +99,7 @@ def _convolution(
 ) -> Tensor | None:
     """The convolution; None for what is left to PyTorch, with its messages."""
     tensors = [t for t in (input, weight, bias) if t is not None]
-    if isinstance(padding, str) or not _are_plain(tensors) or input.dim() != dimensions + 2:
+    if isinstance(padding, str) or not are_plain(tensors) or input.dim() != dimensions + 2:
         return None
     lists = [
         [v] * dimensions if isinstance(v, int) else list(v) for v in (stride, padding, dilation)
