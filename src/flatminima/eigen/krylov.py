@@ -13,7 +13,7 @@ from ..operators.linear import LinearOperator
 from ..randomness import Seed, as_generator
 from ..results import Outcome
 from .basis import Basis
-from .chain import Chain, Floats, Ritz, Steps, eigh, select, sum_bound, turned
+from .chain import Chain, Drift, Floats, Ritz, Steps, eigh, select, sum_bound, turned
 from .result import ROUNDING, EigenResult
 from .warm import combined, take_over
 
@@ -26,6 +26,9 @@ CHANCE = 0.01
 MARGIN = 10.0
 """In tolerances: how far beyond the pairs at hand that chance is computed. Nearer to them a missed
 eigenvalue changes the answer by less than this, and is hard to tell from what was found."""
+
+PATIENCE = 3
+"""Times as many steps as a search has, for which converged values that still drift are followed."""
 
 RANDOM_SHARE = 0.1
 """Length of the random part of a start vector that is given, relative to the rest."""
@@ -232,9 +235,9 @@ class LanczosSteps:
         It ends early on an invariant space, and at the product limit, which is then told by
         the first False; the second bool tells whether the held vectors changed meanwhile.
         """
-        first = chain.first
-        chain.single = first and max(self.ends) == 1
+        chain.single = chain.first and max(self.ends) == 1
         searching, moved, steps, idle = probing or chain.single, False, 0, 0
+        drift = Drift()
         while True:
             held = len(self.values)
             numbers, remainder = self._step(
@@ -255,13 +258,14 @@ class LanczosSteps:
             stuck = held > 0 and not self._late(2 * np.abs(ritz.tie[ritz.wanted]))
             done = stuck or not self._late(worst)
             idle += done and len(worst) == self.k
+            resting = drift.ended(ritz, self.tol * self.scale)
             ended = exhausted
             if idle and not ended:
-                ended = (
-                    not searching
-                    or (steps if probing else idle) >= self.probe_steps
-                    or self._nothing_missed(chain, ritz)
-                )
+                if searching:
+                    tired = (steps if probing else idle) >= self.probe_steps
+                    ended = tired or self._nothing_missed(chain, ritz)
+                else:
+                    ended = resting or idle >= PATIENCE * self.probe_steps
             if ended or self.products >= self.limit:
                 return ritz, ended, moved
             if held + chain.size == len(self.basis):
