@@ -11,7 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Chain", "Drift", "Floats", "Ritz", "Steps", "eigh", "select", "sum_bound", "turned"]
+__all__ = [
+    "Chain",
+    "Drift",
+    "Floats",
+    "Ritz",
+    "Steps",
+    "eigh",
+    "select",
+    "sum_bound",
+    "times",
+    "turned",
+]
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 R = TypeVar("R")
@@ -138,7 +149,12 @@ class Drift:
 
 def turned(gram: Floats, vectors: Floats) -> Floats:
     """VᵀGV."""
-    return np.asarray(vectors.T @ gram @ vectors)
+    return times(vectors.T, times(gram, vectors))
+
+
+def times(one: Floats, other: Floats) -> Floats:
+    """The product, as in `eigh`."""
+    return (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
 
 
 def sum_bound(one: Floats, other: Floats, count: int) -> Floats:
