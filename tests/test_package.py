@@ -35,6 +35,7 @@ ROOMS = (
     "modules",
     "gradients",
     "pieces",
+    "channels_last",
     "second_derivatives",
     "recurrent",
     "guards",

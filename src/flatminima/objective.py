@@ -125,9 +125,8 @@ class Objective:
         microbatch: Microbatch = None,
         progress: bool = True,
     ) -> None:
-        check_instance(
-            "Objective", "model", model, nn.Module, "Wrap a function in a small nn.Module."
-        )
+        hint = "Wrap a function in a small nn.Module."
+        check_instance("Objective", "model", model, nn.Module, hint)
         if (loss_fn is None) == (batch_loss is None):
             raise InvalidArgumentError(
                 "Objective takes either loss_fn(output, target) or batch_loss=(model, batch); "
@@ -215,6 +214,11 @@ class Objective:
     def keeps_graphs(self) -> bool:
         """Whether a batch's graph may serve again: it is whole, and the model writes to nothing."""
         return self._evaluator.settled and self._evaluator.pieces.whole
+
+    @property
+    def differentiation(self) -> Differentiation:
+        """How the model is run and differentiated twice."""
+        return self._evaluator.differentiation
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__

@@ -2,15 +2,98 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CheapSecondDerivatives", "in_transform"]
+from .channels_last import followed, is_marked, marked
+from .gradients import nodes
+
+__all__ = ["CheapSecondDerivatives", "Differentiation", "in_transform"]
+
+
+class Differentiation:
+    """How a model is run and differentiated twice, as what it was seen to do allows.
+
+    The first whole pass is made as it is always right, and shows what the model calls. Later ones
+    have `CheapSecondDerivatives` only where it has something to do, and keep activations channels
+    last where nobody but PyTorch's own functions meets them.
+
+    Args:
+        model: without wrappers.
+        criterion: the loss function.
+    """
+
+    def __init__(self, model: nn.Module, criterion: object) -> None:
+        judge = [criterion] if isinstance(criterion, nn.Module) else []
+        modules = [m for part in (model, *judge) for m in part.modules()]
+        self._settled = False
+        self._differentiating = False
+        self._called = False
+        # Whether parts of the model are run once more while derivatives are taken.
+        self._reruns = False
+        # Functions within a script cannot be followed.
+        self._channels_last = not any(isinstance(m, torch.jit.ScriptModule) for m in modules)
+
+    def running(self) -> AbstractContextManager[object]:
+        """Around the model and its loss."""
+        if self._settled and not self._called:
+            return contextlib.nullcontext()
+        if self._settled:
+            return CheapSecondDerivatives(channels_last=self._channels_last)
+        return _Watched(self)
+
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Around derivatives of the loss."""
+        self._differentiating = True
+        needed = not self._settled or self._reruns
+        try:
+            with self.running() if needed else contextlib.nullcontext():
+                yield
+        finally:
+            self._differentiating = False
+
+    def examine(self, loss: Tensor) -> None:
+        """See which functions the graph of a loss is made of, in the first pass."""
+        if self._settled or not self._channels_last:
+            return
+        for node in nodes(loss):
+            function = getattr(node, "_forward_cls", None)
+            own = function is None or function.__module__.startswith(f"{__package__}.")
+            # The user's own functions, in Python or in C++, may look at memory.
+            if not own or node.name().startswith("CppNode"):
+                self._channels_last = False
+
+    def settle(self) -> None:
+        """The first whole pass is over."""
+        self._settled = True
+        if self._reruns:
+            # The second run would meet other tensors than those that were marked.
+            self._channels_last = False
+
+    def leave_channels_last(self) -> bool:
+        """Keep no activations channels last from now on; whether any may have been."""
+        before = self._settled and self._called and self._channels_last
+        self._channels_last = False
+        return before
+
+    def see(self, func: Any) -> None:
+        """A function is called in the first pass."""
+        if func in _DIMENSIONS or func is F.batch_norm:
+            self._called = True
+        if self._differentiating:
+            # The library itself calls nothing of this module.
+            self._reruns |= func in _DIMENSIONS or getattr(func, "__module__", "") == F.__name__
+        elif getattr(func, "__name__", "") == "register_hook" or in_transform():
+            self._channels_last = False
 
 
 class CheapSecondDerivatives(TorchFunctionMode):
@@ -24,18 +107,44 @@ class CheapSecondDerivatives(TorchFunctionMode):
 
     Batch norm in evaluation mode: PyTorch differentiates it by the general formula, of some ten
     passes over the activations. With fixed statistics it is a multiplication and an addition.
+
+    Args:
+        channels_last: let convolutions of images in float32 on the CPU give activations that lie
+            channels last, by which they and their derivatives take a third less time.
     """
+
+    def __init__(self, *, channels_last: bool = False) -> None:
+        super().__init__()
+        self._channels_last = channels_last and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if self._channels_last:
+            return followed(func, self._called, args, kwargs or {})
+        return self._called(func, args, kwargs or {})
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         found = None
         if func in _DIMENSIONS:
-            found = _convolution(_DIMENSIONS[func], *args, **kwargs)
+            dimensions = _DIMENSIONS[func]
+            may_lie = self._channels_last and dimensions == 2
+            found = _convolution(dimensions, may_lie, *args, **kwargs)
         elif func is F.batch_norm:
             found = _fixed_batch_norm(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
+
+
+class _Watched(CheapSecondDerivatives):
+    def __init__(self, watcher: Differentiation) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._watcher.see(func)
+        return self._called(func, args, kwargs or {})
 
 
 def _fixed_batch_norm(
@@ -89,6 +198,7 @@ _DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 def _convolution(
     dimensions: int,
+    channels_last: bool,
     input: Any,  # noqa: A002
     weight: Any,
     bias: Any = None,
@@ -108,7 +218,26 @@ def _convolution(
         return None
     lists = [v * dimensions if len(v) == 1 else v for v in lists]
     options = (*lists, False, [0] * dimensions, groups)
+    if channels_last and _may_lie_channels_last(input, weight):
+        return marked(_forward(input, weight, bias, _ChannelsLast(options)))  # type: ignore[no-any-return]
     return _forward(input, weight, bias, options)
+
+
+class _ChannelsLast(tuple[Any, ...]):
+    """The options of a convolution that is to be computed with everything channels last."""
+
+    __slots__ = ()
+
+
+def _may_lie_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether the user leaves it open how they lie, and it is faster."""
+    return (
+        x.dtype == torch.float32  # no backend has kernels for another type
+        and x.device.type == "cpu"
+        and all(type(t) in (Tensor, nn.Parameter) for t in (x, weight))
+        and (is_marked(x) or x.is_contiguous())
+        and weight.is_contiguous()
+    )
 
 
 class _Convolution(Function):
@@ -180,7 +309,15 @@ class _ConvolutionBackward(Function):
         return g_out, found_x, found_weight, None, None
 
 
+def _laid(options: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the options want them to lie in memory."""
+    if not isinstance(options, _ChannelsLast):
+        return tensors
+    return tuple(t.contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    x, weight = _laid(options, x, weight)
     out: Tensor = _Convolution.apply(x, weight, bias, options)  # type: ignore[no-untyped-call]
     return out
 
@@ -188,6 +325,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any,
 def _backward(
     d_out: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], wanted: Any
 ) -> tuple[Tensor | None, ...]:
+    d_out, x, weight = _laid(options, d_out, x, weight)
     found: tuple[Tensor | None, ...] = _ConvolutionBackward.apply(  # type: ignore[no-untyped-call]
         d_out, x, weight, options, wanted
     )

@@ -218,13 +218,7 @@ class HessianOperator(LinearOperator):
         """The exact products where there are any, by `part`, shape (rows, n)."""
         if self.method != "finite_differences":
             try:
-                if self._examined:
-                    return self._exact(part, rows)
-                with GraphTrace(self.objective.model) as trace:
-                    product = self._summed(part, rows, trace)
-                self._check_functions(trace)
-                self._examined = True
-                return product
+                return self._exact_somehow(part, rows)
             except NotTwiceDifferentiableError as error:
                 if self._insists:
                     raise
@@ -233,6 +227,25 @@ class HessianOperator(LinearOperator):
                 self._announce(product)
                 return product
         return differences()
+
+    def _exact_somehow(self, part: Part, rows: int) -> Tensor:
+        """The exact products, with activations as they always lie where they must."""
+        try:
+            return self._examined_or_exact(part, rows)
+        except Exception:
+            # What the model does in a later pass alone may not bear them channels last.
+            if not self.objective.differentiation.leave_channels_last():
+                raise
+            return self._examined_or_exact(part, rows)
+
+    def _examined_or_exact(self, part: Part, rows: int) -> Tensor:
+        if self._examined:
+            return self._exact(part, rows)
+        with GraphTrace(self.objective.model) as trace:
+            product = self._summed(part, rows, trace)
+        self._check_functions(trace)
+        self._examined = True
+        return product
 
     def _exact(self, part: Part, rows: int) -> Tensor:
         """The product, by graphs that are kept where there are any."""
