@@ -172,17 +172,14 @@ class Evaluator:
                     wrote = guard.restore() or wrote
 
             def visit(seen: Evaluated) -> None:
-                if not twice:
-                    present.point.visit(seen)
-                    return
-                self.differentiation.examine(seen.loss)
-                with self.differentiation.differentiating():
-                    present.point.visit(seen)
+                if twice:
+                    self.differentiation.examine(seen.loss)
+                present.point.visit(seen)
 
             def replay(seen: Evaluated) -> None:
                 try:
                     shadows = present.others.fresh() | present.buffers.fresh()
-                    run = functools.partial(visit, seen)
+                    run = functools.partial(present.point.visit, seen)
                     self._forward.replaced(run, shadows, seen.tensors)
                 finally:
                     guard.restore()
@@ -245,7 +242,6 @@ class Evaluator:
 
         with (
             evaluating(self.model, criterion, self.mode, derivatives, copies=False) as guard,
-            self.differentiation.differentiating(),
             preserved_random_state(),
         ):
             shadows = self._others(first.tensors, differentiable=derivatives > 0)

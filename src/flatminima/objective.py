@@ -175,6 +175,7 @@ class Objective:
             pieces=pieces,
             eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
         )
+        self.differentiation = self._evaluator.differentiation
 
     @property
     def size(self) -> int:
@@ -214,11 +215,6 @@ class Objective:
     def keeps_graphs(self) -> bool:
         """Whether a batch's graph may serve again: it is whole, and the model writes to nothing."""
         return self._evaluator.settled and self._evaluator.pieces.whole
-
-    @property
-    def differentiation(self) -> Differentiation:
-        """How the model is run and differentiated twice."""
-        return self._evaluator.differentiation
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from .channels_last import followed, is_marked, marked
 from .gradients import nodes
@@ -20,7 +21,7 @@ __all__ = ["CheapSecondDerivatives", "Differentiation", "in_transform"]
 
 
 class Differentiation:
-    """How a model is run and differentiated twice, as what it was seen to do allows.
+    """How a model is run that is differentiated twice, as what it was seen to do allows.
 
     The first whole pass is made as it is always right, and shows what the model calls. Later ones
     have `CheapSecondDerivatives` only where it has something to do, and keep activations channels
@@ -35,34 +36,28 @@ class Differentiation:
         judge = [criterion] if isinstance(criterion, nn.Module) else []
         modules = [m for part in (model, *judge) for m in part.modules()]
         self._settled = False
-        self._differentiating = False
-        self._called = False
-        # Whether parts of the model are run once more while derivatives are taken.
-        self._reruns = False
+        self._replaces = True
         # Functions within a script cannot be followed.
         self._channels_last = not any(isinstance(m, torch.jit.ScriptModule) for m in modules)
+        self._called = False
 
     def running(self) -> AbstractContextManager[object]:
-        """Around the model and its loss."""
-        if self._settled and not self._called:
-            return contextlib.nullcontext()
-        if self._settled:
+        """What is entered while the model and its loss are computed."""
+        if not self._settled and self._replaces:
+            return _Watched(self)
+        if self._called and self._replaces:
             return CheapSecondDerivatives(channels_last=self._channels_last)
-        return _Watched(self)
+        return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def differentiating(self) -> Iterator[None]:
-        """Around derivatives of the loss."""
-        self._differentiating = True
-        needed = not self._settled or self._reruns
-        try:
-            with self.running() if needed else contextlib.nullcontext():
-                yield
-        finally:
-            self._differentiating = False
+    def see(self, func: Any) -> None:
+        """A function is called in the first pass."""
+        if func in _DIMENSIONS or func is F.batch_norm:
+            self._called = True
+        elif getattr(func, "__name__", "") == "register_hook" or in_transform():
+            self._channels_last = False
 
     def examine(self, loss: Tensor) -> None:
-        """See which functions the graph of a loss is made of, in the first pass."""
+        """See, in the first pass, which functions the graph of a loss is made of."""
         if self._settled or not self._channels_last:
             return
         for node in nodes(loss):
@@ -75,25 +70,16 @@ class Differentiation:
     def settle(self) -> None:
         """The first whole pass is over."""
         self._settled = True
-        if self._reruns:
-            # The second run would meet other tensors than those that were marked.
-            self._channels_last = False
 
-    def leave_channels_last(self) -> bool:
-        """Keep no activations channels last from now on; whether any may have been."""
-        before = self._settled and self._called and self._channels_last
+    def retreat(self, error: Exception) -> bool:
+        """After an error, do less for speed from now on; whether there was something to leave."""
+        if isinstance(error, CheckpointError):
+            # Parts that are run again meet PyTorch's own functions, which save other tensors.
+            before, self._replaces = self._replaces, False
+            return before
+        before = self._settled and self._called and self._replaces and self._channels_last
         self._channels_last = False
         return before
-
-    def see(self, func: Any) -> None:
-        """A function is called in the first pass."""
-        if func in _DIMENSIONS or func is F.batch_norm:
-            self._called = True
-        if self._differentiating:
-            # The library itself calls nothing of this module.
-            self._reruns |= func in _DIMENSIONS or getattr(func, "__module__", "") == F.__name__
-        elif getattr(func, "__name__", "") == "register_hook" or in_transform():
-            self._channels_last = False
 
 
 class CheapSecondDerivatives(TorchFunctionMode):

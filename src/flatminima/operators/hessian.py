@@ -229,14 +229,13 @@ class HessianOperator(LinearOperator):
         return differences()
 
     def _exact_somehow(self, part: Part, rows: int) -> Tensor:
-        """The exact products, with activations as they always lie where they must."""
-        try:
-            return self._examined_or_exact(part, rows)
-        except Exception:
-            # What the model does in a later pass alone may not bear them channels last.
-            if not self.objective.differentiation.leave_channels_last():
-                raise
-            return self._examined_or_exact(part, rows)
+        """The exact products, in a plainer way where the model does not bear a faster one."""
+        while True:
+            try:
+                return self._examined_or_exact(part, rows)
+            except Exception as error:
+                if not self.objective.differentiation.retreat(error):
+                    raise
 
     def _examined_or_exact(self, part: Part, rows: int) -> Tensor:
         if self._examined:
