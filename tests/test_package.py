@@ -36,6 +36,7 @@ ROOMS = (
     "gradients",
     "pieces",
     "channels_last",
+    "pointwise",
     "second_derivatives",
     "recurrent",
     "guards",
