@@ -82,6 +82,12 @@ def through_hook(y):
     return y * 1.0
 
 
+def own_gradient(y):
+    z = F.conv2d(y, torch.ones(6, 6, 3, 3) / 9, padding=1).square().sum()
+    (gradient,) = torch.autograd.grad(z, y, create_graph=True)
+    return y + gradient * torch.rand_like(gradient) + 0.01 * gradient.stride(1)
+
+
 class Viewing(torch.autograd.Function):
     """Takes views of what it is given, both ways."""
 
@@ -125,6 +131,7 @@ CASES = {
     "numpy": lambda y: y * torch.from_numpy(y.detach().numpy().cumsum() * 1e-4).float().view_as(y),
     "hook on a tensor": through_hook,
     "autograd.Function": Viewing.apply,
+    "gradient of its own": own_gradient,
     "checkpoint": lambda y: checkpoint(
         lambda t: t.view(-1).sin().view(t.shape), y, use_reentrant=False
     ),
@@ -149,7 +156,7 @@ CASES = {
 
 
 # Where something may meet activations that is not one of PyTorch's functions.
-LEFT = ("autograd.Function", "hook on a tensor", "scripted", "vmap")
+LEFT = ("autograd.Function", "gradient of its own", "hook on a tensor", "scripted", "vmap")
 
 
 def seeded(function, *args):
@@ -286,6 +293,8 @@ FOLLOWING = {
     "same padding": lambda y: conv(y, padding="same"),
     "cat": lambda y: torch.cat([y, y.relu()], 1),
     "in place": lambda y: y.add_(1).relu_(),
+    "idle dropout": lambda y: F.dropout2d(F.dropout(y, 0.5, False), training=False),
+    "ReLU in place": lambda y: F.relu(y * 1.0, inplace=True),
 }
 
 

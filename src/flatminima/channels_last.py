@@ -55,7 +55,7 @@ def followed(
         args: its arguments.
         kwargs: its arguments by name.
     """
-    if func in _BLIND:
+    if func in _BLIND or (func in _DROPOUTS and _is_idle(*args, **kwargs)):
         return compute(func, args, kwargs)
     given = _tensors((*args, *kwargs.values()))
     own = [t for t in given if is_marked(t)]
@@ -89,6 +89,16 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, dict):
             found += _tensors(value.values())
     return found
+
+
+def _is_idle(
+    input: Any = None,  # noqa: A002, ARG001
+    p: Any = 0.5,  # noqa: ARG001
+    training: Any = True,
+    inplace: Any = False,  # noqa: ARG001
+) -> bool:
+    """Whether dropout gives its argument as it is."""
+    return training is False
 
 
 def _named(names: str, *places: Any) -> list[Any]:
@@ -129,3 +139,5 @@ _FOLLOWING = frozenset(
         torch.cat,
     ]
 )
+
+_DROPOUTS = frozenset(_named("dropout dropout1d dropout2d dropout3d", F))

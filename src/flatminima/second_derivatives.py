@@ -54,7 +54,7 @@ class Differentiation:
         """A function is called in the first pass."""
         if func in _DIMENSIONS or func in _RELUS or func is F.batch_norm:
             self._called = True
-        elif getattr(func, "__name__", "") == "register_hook" or in_transform():
+        elif getattr(func, "__name__", "") in _GRADIENTS or in_transform():
             self._channels_last = False
 
     def examine(self, loss: Tensor) -> None:
@@ -204,6 +204,8 @@ def _are_plain(tensors: list[Any]) -> bool:
     )
 
 
+# What hands gradients to the model, which would lie channels last too.
+_GRADIENTS = ("register_hook", "grad", "backward")
 _RELUS = frozenset([F.relu, torch.relu, Tensor.relu])
 _DIMENSIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
