@@ -230,6 +230,13 @@ def test_an_error_of_the_models_own_is_raised():
         products(Failing().eval(), *batch(), allowed=True)
 
 
+def test_errors_of_the_librarys_own_are_not_tried_again():
+    _, way = products(Net().eval(), *batch(), allowed=True)
+    assert not way.retreat(fm.NonFiniteError("NaN"))
+    assert way.retreat(RuntimeError("view"))
+    assert not way.retreat(RuntimeError("view"))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_checkpointed_convolutions(keep):
     class Checkpointed(Net):

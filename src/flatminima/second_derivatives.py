@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from .channels_last import followed, is_marked, marked
+from .errors import FlatMinimaError, ShapeError
 from .gradients import nodes
 from .pointwise import fixed_norm, relu
 
@@ -78,6 +79,8 @@ class Differentiation:
             # Parts that are run again meet PyTorch's own functions, which save other tensors.
             before, self._replaces = self._replaces, False
             return before
+        if isinstance(error, FlatMinimaError) and not isinstance(error, ShapeError):
+            return False
         before = self._settled and self._called and self._replaces and self._channels_last
         self._channels_last = False
         return before
