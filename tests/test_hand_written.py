@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.attention import multi_head_attention, scaled_dot_product_attention
-from flatminima.dense import layer_norm, linear, relu
+from flatminima.dense import layer_norm, linear
+from flatminima.pointwise import relu
 from flatminima.second_derivatives import CheapSecondDerivatives
 
 

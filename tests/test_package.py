@@ -38,6 +38,8 @@ ROOMS = (
     "plain",
     "dense",
     "attention",
+    "channels_last",
+    "pointwise",
     "second_derivatives",
     "recurrent",
     "guards",

@@ -1,4 +1,4 @@
-"""Linear layers, ReLU and layer norm whose second derivatives cost less than PyTorch's."""
+"""Linear layers and layer norm whose second derivatives cost less than PyTorch's."""
 
 from __future__ import annotations
 
@@ -11,53 +11,11 @@ from torch.autograd import Function
 
 from .plain import are_plain, gradients_of
 
-__all__ = ["layer_norm", "linear", "relu"]
+__all__ = ["layer_norm", "linear"]
 
 _TYPES = (torch.float32, torch.float64)
 
 # Names below: d_ is an adjoint of the gradient's own computation, g_ an adjoint of that.
-
-
-def relu(input: Any, inplace: bool = False) -> Tensor | None:  # noqa: A002
-    """As `F.relu`; None for what is left to PyTorch."""
-    if inplace or not are_plain([input]) or not input.is_floating_point():
-        return None
-    out: Tensor = _Relu.apply(input)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _Relu(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = torch.relu(x)
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
-        return _masked(d_out, *ctx.saved_tensors)
-
-
-class _Masked(Function):
-    """d_out where out > 0, and no derivative by `out`, for which PyTorch makes a tensor of zeros.
-
-    They would be added to the adjoint of every activation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, d_out: Tensor, out: Tensor) -> Tensor:
-        ctx.save_for_backward(out)
-        found: Tensor = torch.ops.aten.threshold_backward.default(d_out, out, 0)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, g_x: Tensor) -> tuple[Tensor, None]:
-        return _masked(g_x, *ctx.saved_tensors), None
-
-
-def _masked(d_out: Tensor, out: Tensor) -> Tensor:
-    found: Tensor = _Masked.apply(d_out, out)  # type: ignore[no-untyped-call]
-    return found
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:  # noqa: A002

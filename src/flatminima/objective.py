@@ -125,9 +125,8 @@ class Objective:
         microbatch: Microbatch = None,
         progress: bool = True,
     ) -> None:
-        check_instance(
-            "Objective", "model", model, nn.Module, "Wrap a function in a small nn.Module."
-        )
+        hint = "Wrap a function in a small nn.Module."
+        check_instance("Objective", "model", model, nn.Module, hint)
         if (loss_fn is None) == (batch_loss is None):
             raise InvalidArgumentError(
                 "Objective takes either loss_fn(output, target) or batch_loss=(model, batch); "
@@ -176,6 +175,7 @@ class Objective:
             pieces=pieces,
             eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
         )
+        self.differentiation = self._evaluator.differentiation
 
     @property
     def size(self) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["are_plain", "gradients_of", "in_transform"]
+__all__ = ["are_plain", "gradients_of", "have_values", "in_transform"]
 
 
 def in_transform() -> bool:
@@ -28,6 +28,11 @@ def are_plain(tensors: Sequence[Any]) -> bool:
         and len({(t.dtype, t.device) for t in tensors}) == 1
         and not torch.is_autocast_enabled(tensors[0].device.type)
     )
+
+
+def have_values(tensors: Sequence[Any]) -> bool:
+    """Whether none is of a type of its own, such as those that operations are traced with."""
+    return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
 def gradients_of(
