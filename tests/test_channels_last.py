@@ -156,7 +156,14 @@ CASES = {
 
 
 # Where something may meet activations that is not one of PyTorch's functions.
-LEFT = ("autograd.Function", "gradient of its own", "hook on a tensor", "scripted", "vmap")
+LEFT = (
+    "autograd.Function",
+    "checkpoint",
+    "gradient of its own",
+    "hook on a tensor",
+    "scripted",
+    "vmap",
+)
 
 
 def seeded(function, *args):

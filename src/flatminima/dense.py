@@ -56,7 +56,9 @@ class _LinearBackward(Function):
     def forward(
         ctx: Any, d_out: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(d_out, x, weight)
+        # Of the first layer less is wanted.
+        used = (d_out, x, weight) if ctx.needs_input_grad[1] else (None, x, None)
+        ctx.save_for_backward(*used)
         ctx.set_materialize_grads(False)
         return (
             d_out @ weight if wanted[0] else None,
@@ -80,7 +82,7 @@ class _LinearBackward(Function):
             elif g_x is not None:
                 g_out = F.linear(g_x, weight, g_bias)
             elif g_bias is not None:
-                g_out = g_bias.expand_as(d_out)
+                g_out = g_bias.expand(len(x), -1)
         return (
             g_out,
             d_out @ g_weight if by_x and g_weight is not None else None,

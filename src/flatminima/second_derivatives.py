@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointError
 
 from .attention import multi_head_attention, scaled_dot_product_attention
 from .channels_last import followed, is_marked, marked
@@ -35,22 +35,25 @@ class Differentiation:
     Args:
         model: without wrappers.
         criterion: the loss function.
+
+    Attributes:
+        replaces: whether functions of this library take the place of PyTorch's.
     """
 
     def __init__(self, model: nn.Module, criterion: object) -> None:
         judge = [criterion] if isinstance(criterion, nn.Module) else []
         modules = [m for part in (model, *judge) for m in part.modules()]
         self._settled = False
-        self._replaces = True
+        self.replaces = True
         # Functions within a script cannot be followed.
         self._channels_last = not any(isinstance(m, torch.jit.ScriptModule) for m in modules)
         self._called = False
 
     def running(self) -> AbstractContextManager[object]:
         """What is entered while the model and its loss are computed."""
-        if not self._settled and self._replaces:
+        if not self._settled and self.replaces:
             return _Watched(self)
-        if self._called and self._replaces:
+        if self._called and self.replaces:
             return CheapSecondDerivatives(channels_last=self._channels_last)
         return contextlib.nullcontext()
 
@@ -60,6 +63,14 @@ class Differentiation:
             self._called = True
         elif getattr(func, "__name__", "") in _GRADIENTS or in_transform():
             self._channels_last = False
+
+    def stop_replacing(self) -> None:
+        """A part of the model is checkpointed.
+
+        When it is run again it meets PyTorch's own functions, and must have met them before: what
+        others save may be taken for what these do.
+        """
+        self.replaces = False
 
     def examine(self, loss: Tensor) -> None:
         """See, in the first pass, which functions the graph of a loss is made of."""
@@ -78,13 +89,9 @@ class Differentiation:
 
     def retreat(self, error: Exception) -> bool:
         """After an error, do less for speed from now on; whether there was something to leave."""
-        if isinstance(error, CheckpointError):
-            # Parts that are run again meet PyTorch's own functions, which save other tensors.
-            before, self._replaces = self._replaces, False
-            return before
         if isinstance(error, FlatMinimaError) and not isinstance(error, ShapeError):
             return False
-        before = self._settled and self._called and self._replaces and self._channels_last
+        before = self._settled and self._called and self.replaces and self._channels_last
         self._channels_last = False
         return before
 
@@ -140,10 +147,28 @@ class _Watched(CheapSecondDerivatives):
         super().__init__()
         self._watcher = watcher
 
+    def __enter__(self) -> Any:
+        watcher, own = self._watcher, torch.utils.checkpoint._checkpoint_hook
+        self._hook = own
+
+        class Noted(own):  # type: ignore[misc, valid-type]
+            def __enter__(self) -> Any:
+                watcher.stop_replacing()
+                return super().__enter__()
+
+        torch.utils.checkpoint._checkpoint_hook = Noted  # type: ignore[misc]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *args: Any) -> None:
+        torch.utils.checkpoint._checkpoint_hook = self._hook  # type: ignore[misc]
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         self._watcher.see(func)
+        if not self._watcher.replaces:
+            return func(*args, **(kwargs or {}))
         return self._called(func, args, kwargs or {})
 
 
@@ -268,7 +293,10 @@ class _ConvolutionBackward(Function):
         options: tuple[Any, ...],
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(d_out, x, weight)
+        # Of the first layer less is wanted.
+        used = (d_out, x, weight) if ctx.needs_input_grad[1] else (None, x, None)
+        ctx.save_for_backward(*used)
+        ctx.shape = d_out.shape
         ctx.options = options
         ctx.set_materialize_grads(False)
         bias = [weight.shape[0]] if wanted[2] else None
@@ -294,7 +322,7 @@ class _ConvolutionBackward(Function):
                 other = _forward(x, g_weight, bias, options)
                 g_out = other if g_out is None else g_out + other
             if g_x is None and g_weight is None and g_bias is not None:
-                g_out = g_bias.view(-1, *[1] * (x.dim() - 2)).expand_as(d_out)
+                g_out = g_bias.view(-1, *[1] * (x.dim() - 2)).expand(ctx.shape)
         found_x = found_weight = None
         if by_x and g_weight is not None:
             only = (True, False, False)

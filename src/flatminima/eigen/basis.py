@@ -79,10 +79,9 @@ class Basis:
         """⟨row, vector⟩ for the rows from `begin` up to `count`, where the basis lies."""
         if not self.narrow:
             return self.rows[begin:count] @ vector
-        assert begin == 0
-        heights = torch.zeros(count, dtype=self.wide, device=self.device)
+        heights = torch.zeros(count - begin, dtype=self.wide, device=self.device)
         for columns in self._strips(count):
-            heights += self.rows[:count, columns].to(self.wide) @ vector[columns]
+            heights += self.rows[begin:count, columns].to(self.wide) @ vector[columns]
         return heights / self.scale
 
     def without(self, heights: Tensor, vector: Tensor, *, begin: int = 0) -> Tensor:
@@ -90,10 +89,9 @@ class Basis:
         count = begin + len(heights)
         if not self.narrow:
             return vector - self.rows[begin:count].T @ heights
-        assert begin == 0
         rest, heights = vector.clone(), heights / self.scale
         for columns in self._strips(count):
-            rest[columns] -= self.rows[:count, columns].to(self.wide).T @ heights
+            rest[columns] -= self.rows[begin:count, columns].to(self.wide).T @ heights
         return rest
 
     def rotate(self, coefficients: np.ndarray[Any, np.dtype[np.float64]], count: int) -> None:
