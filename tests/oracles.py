@@ -25,10 +25,12 @@ def jacobian(case: Case, batch) -> tuple[list[torch.Tensor], torch.Tensor, torch
     for value in joined:
         found = torch.autograd.grad(value, list(own.values()), retain_graph=True, allow_unused=True)
         rows.append(
-            torch.cat([
-                (torch.zeros_like(p) if g is None else g).reshape(-1)
-                for g, p in zip(found, own.values(), strict=True)
-            ])
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).reshape(-1)
+                    for g, p in zip(found, own.values(), strict=True)
+                ]
+            )
         )
     return output, joined.detach(), torch.stack(rows)
 

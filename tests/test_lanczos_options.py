@@ -364,6 +364,16 @@ def test_many_pairs_of_a_decaying_spectrum_all_converge(k, seed):
     torch.testing.assert_close(result.eigenvalues, expected.double(), rtol=0, atol=2e-3 * 40)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_values_close_to_each_other_are_followed_until_they_rest(seed):
+    """Near the last pairs neighbours lie within a tolerance, and small residuals come too early."""
+    values = 1 / torch.arange(1, 3001).double()
+    problem = fm.FunctionOperator(lambda vector: values.float() * vector, 3000)
+    result = fm.lanczos(problem, k=40, seed=seed)
+    assert result.products <= 100
+    torch.testing.assert_close(result.eigenvalues, values[:40], rtol=0, atol=1e-3)
+
+
 # ----------------------------------------------------------------- the basis: where and in what
 
 

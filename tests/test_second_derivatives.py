@@ -81,6 +81,99 @@ def test_batch_norm_in_evaluation_mode(affine, shape):
     assert_replaced_and_alike(lambda: F.batch_norm(x, mean, var, *leaves[1:]), leaves)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", ["", "weight", "both"])
+def test_batch_norm_of_images_in_either_layout(affine, layout):
+    x = tensor(4, 3, 5, 2).detach().contiguous(memory_format=layout).requires_grad_()
+    mean, var = tensor(3, seed=1).detach(), tensor(3, seed=2).detach().square() + 0.1
+    weight = tensor(3, seed=3) if affine else None
+    bias = tensor(3, seed=4) if affine == "both" else None
+    leaves = [t for t in (x, weight, bias) if t is not None]
+
+    def norm():
+        return F.batch_norm(x, mean, var, weight, bias).transpose(1, 2)
+
+    _, expected = derivatives(norm, leaves, contextlib.nullcontext())
+    _, found = derivatives(norm, leaves, CheapSecondDerivatives())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for leaf in leaves:
+        assert_replaced_and_alike(lambda: F.batch_norm(x, mean, var, weight, bias), [leaf])
+
+
+def test_statistics_with_a_derivative():
+    x, mean, scale = tensor(4, 3), tensor(3, seed=1), tensor(3, seed=2)
+    leaves = [x, mean, scale]
+
+    def norm():
+        return F.batch_norm(x, mean, scale.square() + 0.1)
+
+    _, found = derivatives(norm, leaves, CheapSecondDerivatives())
+    _, expected = derivatives(
+        lambda: (x - mean) / torch.sqrt(scale.square() + 0.1 + 1e-5),
+        leaves,
+        contextlib.nullcontext(),
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function", [F.relu, torch.relu, torch.Tensor.relu, lambda x: F.relu(x.mul(1.0), inplace=True)]
+)
+def test_relu(function):
+    x = tensor(4, 3, 2)
+    weight = tensor(3, 2, seed=1)
+    assert_replaced_and_alike(lambda: function(x * weight), [x, weight])
+
+
+def test_relu_in_place_writes_to_its_argument():
+    x = tensor(6)
+    with CheapSecondDerivatives():
+        y = x * 2
+        assert nn.ReLU(inplace=True)(y) is y
+        assert y.min() == 0
+        z = x * 2
+        part = z[:3]
+        F.relu(part, inplace=True)
+    (gradient,) = torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(gradient[:3], 2 * (x[:3] > 0).double())
+    torch.testing.assert_close(gradient[3:], torch.full((3,), 2.0, dtype=torch.float64))
+
+
+def test_relu_of_what_has_no_derivative():
+    with CheapSecondDerivatives(), pytest.raises(RuntimeError, match="leaf"):
+        F.relu(tensor(3), inplace=True)
+    with CheapSecondDerivatives():
+        assert F.relu(torch.tensor([-1, 2])).tolist() == [0, 2]
+        assert F.relu(torch.tensor([-1.0, 2.0])).grad_fn is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.batch_norm(x, w.detach(), w.detach().square() + 1, w, w),
+        lambda x, w: F.relu(x * w) ** 3,
+    ],
+    ids=["batch norm", "relu"],
+)
+def test_third_derivatives(function):
+    def third(mode):
+        x, w = tensor(4, 3), tensor(3, seed=1)
+        with mode:
+            value = function(x, w).tanh().sum()
+        found = []
+        for _ in range(3):
+            gradients = torch.autograd.grad(value, [x, w], create_graph=True)
+            found += gradients
+            value = sum(g.sin().sum() for g in gradients)
+        return found
+
+    expected = third(contextlib.nullcontext())
+    for a, b in zip(third(CheapSecondDerivatives()), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("module", "x"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from .batches import Batch, Batches, available_bytes, located
 from .failures import explained
-from .forward import Evaluated, Forward, LossOf
+from .forward import Evaluated, Forward, LossOf, Within
 from .guards import Derivatives, evaluating
 from .nested import same_tensors, same_values, to_device
 from .passes import Copies, Tally
 from .pieces import Pieces
 from .randomness import preserved_random_state, random_state, reseed
+from .second_derivatives import Differentiation
 
 __all__ = ["Evaluator", "Point", "Prepare"]
 
@@ -70,6 +72,7 @@ class Evaluator:
         # What a loss computed in two ways may differ by, relatively.
         self.tolerance = min(0.03, 1000 * eps)
         self._forward = Forward(model, loss_fn, batch_loss)
+        self.differentiation = Differentiation(model, self._forward.criterion)
         # None until one whole pass has shown whether the model leaves these alone; until then,
         # and where it does not, each batch gets copies.
         self._writes: bool | None = None
@@ -137,6 +140,8 @@ class Evaluator:
         still: list[bool] = []
         copies = self._writes is not False
         criterion = self._forward.criterion
+        twice = derivatives == 2
+        within: Within = self.differentiation.running if twice else contextlib.nullcontext
         with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
             first = next(iter(kept.values()), None)
             made: dict[int, _Present] = {}
@@ -164,13 +169,18 @@ class Evaluator:
                     tensors = present.leaves.fresh(renew=self._writes is True)
                     if prepare is None:
                         return self._forward.evaluate(
-                            own, shadows, tensors, show, outputs_only=outputs_only
+                            own, shadows, tensors, show, within, outputs_only=outputs_only
                         )
-                    seen = prepare(own, self._forward.loss_of(own), tensors, shadows)
+                    seen = prepare(own, self._forward.loss_of(own, within), tensors, shadows)
                     show(seen)
                     return seen.loss
                 finally:
                     wrote = guard.restore() or wrote
+
+            def visit(seen: Evaluated) -> None:
+                if twice:
+                    self.differentiation.examine(seen.output if outputs_only else seen.loss)
+                present.point.visit(seen)
 
             def replay(seen: Evaluated) -> None:
                 try:
@@ -185,7 +195,7 @@ class Evaluator:
                 data = batch.data
                 if copies:
                     data = to_device(data, self.batches.device, duplicate=True)
-                loss = forward(batch, data, present.point.visit)
+                loss = forward(batch, data, visit)
                 tally.add(batch, loss, 1.0 if self.is_sum else batch.weight)
                 if watching:
                     still.append(present.still())
@@ -213,6 +223,8 @@ class Evaluator:
                             self.pieces.each(batch, functools.partial(evaluate, tally=tally))
         if watching:
             self._writes, self._moving_buffers = wrote, not all(still)
+        if twice:
+            self.differentiation.settle()
         if kept:
             return [math.nan] * len(points)
         return [tally.mean(self.batches.total_weight, check=check) for tally in tallies]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +16,7 @@ from .batches import Batch
 from .errors import ArgumentTypeError, LossNotScalarError
 from .weights import split_pair
 
-__all__ = ["Evaluated", "Forward", "LossOf"]
+__all__ = ["Evaluated", "Forward", "LossOf", "Within"]
 
 R = TypeVar("R")
 
@@ -37,6 +39,10 @@ class Evaluated:
 
 LossOf = Callable[[dict[str, Tensor], dict[str, Tensor], Any], Tensor]
 """(parameters, other parameters and buffers, data of a batch) → ℓ_b with its graph."""
+
+
+Within = Callable[[], AbstractContextManager[object]]
+"""Makes what is entered while the model and its loss are computed."""
 
 
 class Forward(nn.Module):
@@ -69,24 +75,27 @@ class Forward(nn.Module):
         others: Mapping[str, Tensor],
         parameters: dict[str, Tensor],
         visit: Callable[[Evaluated], None],
+        within: Within = contextlib.nullcontext,
         *,
         outputs_only: bool = False,
     ) -> Tensor:
         """ℓ_b without its graph, after `visit` has seen it; with `outputs_only`, likewise."""
 
         def run() -> Tensor:
-            seen = self._run(batch, parameters, outputs_only=outputs_only)
+            with within():
+                seen = self._run(batch, parameters, outputs_only=outputs_only)
             visit(seen)
             return seen.loss.detach()
 
         return self.replaced(run, others, parameters)
 
-    def loss_of(self, batch: Batch) -> LossOf:
+    def loss_of(self, batch: Batch, within: Within = contextlib.nullcontext) -> LossOf:
         """The loss as a function of tensors, to be traced."""
 
         def loss(parameters: dict[str, Tensor], others: dict[str, Tensor], data: Any) -> Tensor:
             own = dataclasses.replace(batch, data=data)
-            return self.replaced(lambda: self._run(own, parameters).loss, others, parameters)
+            with within():
+                return self.replaced(lambda: self._run(own, parameters).loss, others, parameters)
 
         return loss
 

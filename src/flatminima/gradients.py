@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["accumulated", "checkpoints_reentrantly"]
+__all__ = ["accumulated", "checkpoints_reentrantly", "nodes"]
 
 
 def checkpoints_reentrantly(loss: Tensor) -> bool:
@@ -16,12 +16,13 @@ def checkpoints_reentrantly(loss: Tensor) -> bool:
     `torch.autograd.grad` complains of it only on the way to the checkpointed block's input; the
     block's own parameters it silently takes for unused.
     """
-    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(loss))
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes(loss))
 
 
-def _nodes(loss: Tensor) -> Iterator[Any]:
+def nodes(*tensors: Tensor) -> Iterator[Any]:
+    """The nodes of the graphs of some tensors."""
     seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
+    waiting: list[Any] = [t.grad_fn for t in tensors]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -43,7 +44,7 @@ def accumulated(
             `.grad`, and that of every other leaf of the graph, is put aside meanwhile.
         keep: whether the graph is to serve once more.
     """
-    reached = (getattr(node, "variable", None) for node in _nodes(loss))
+    reached = (getattr(node, "variable", None) for node in nodes(loss))
     tensors = {id(t): t for t in [*others, *reached, *leaves] if isinstance(t, Tensor)}
     kept = [(t, t.grad) for t in tensors.values()]
     try:

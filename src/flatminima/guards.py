@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from .nested import same_values
 from .recurrent import twice_differentiable
-from .second_derivatives import CheapSecondDerivatives
 
 __all__ = ["Derivatives", "Guard", "evaluating"]
 
@@ -84,10 +83,8 @@ def evaluating(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if derivatives == 0:
             stack.enter_context(_no_checkpoint_warning())
-        if derivatives == 2:
-            stack.enter_context(CheapSecondDerivatives())
-            if any(map(_has_weight_norm, modules)):
-                stack.enter_context(_PlainWeightNorm())
+        if derivatives == 2 and any(map(_has_weight_norm, modules)):
+            stack.enter_context(_PlainWeightNorm())
         if derivatives == 2 or any(m.training for m in modules):
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
             for module in modules:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .channels_last import is_marked
 from .nested import mapped
 from .products import not_twice
 from .tracing import GraphTrace
@@ -51,6 +52,12 @@ def outputs_at(output: Any, places: Sequence[int]) -> list[Tensor]:
     """The tensors at some places of a model's output."""
     tensors = _every(output)
     return [tensors[place] for place in places]
+
+
+def _cut_off(output: Tensor) -> Tensor:
+    """Without its graph, and lying in memory as the model would have it."""
+    own = output.detach()
+    return own.contiguous() if is_marked(output) else own
 
 
 def _every(output: Any) -> list[Tensor]:
@@ -155,7 +162,7 @@ def loss_gradient(
         trace: examines whether they can be.
     """
     originals = outputs_at(output, places)
-    leaves = [t.detach().requires_grad_() for t in originals]
+    leaves = [_cut_off(t).requires_grad_() for t in originals]
 
     def change(tensor: Tensor) -> Tensor:
         pairs = zip(originals, leaves, strict=True)

@@ -177,6 +177,7 @@ class Objective:
             pieces=pieces,
             eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
         )
+        self.differentiation = self._evaluator.differentiation
 
     @property
     def size(self) -> int:

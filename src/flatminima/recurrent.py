@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .second_derivatives import in_transform
+from .plain import in_transform
 
 __all__ = ["twice_differentiable"]
 
@@ -165,7 +165,8 @@ class _Layer(Function):
             with torch.no_grad():
                 ctx.factors = _Factors(gates, cells, c0)
         d_inputs, d_c0 = _LayerBackward.apply(  # type: ignore[no-untyped-call]
-            d_hidden, d_cells, d_gates, gates, cells, c0, weight, ctx.factors
+            *(d_hidden, d_cells, d_gates, gates, cells, c0, weight, ctx.factors),
+            torch.is_grad_enabled(),
         )
         before = torch.cat([h0.unsqueeze(0), hidden[:-1]])
         d_weight = d_inputs.flatten(0, 1).t() @ before.flatten(0, 1)
@@ -213,6 +214,7 @@ class _LayerBackward(Function):
         c0: Tensor,
         weight: Tensor,
         factors: _Factors,
+        again: bool,
     ) -> tuple[Tensor, Tensor]:
         own = None if d_gates is None else _quads(d_gates) * factors.slopes
         d_h: Tensor = torch.zeros_like(c0) if d_hidden is None else d_hidden[-1]
@@ -225,11 +227,12 @@ class _LayerBackward(Function):
                 d_h = a @ weight if d_hidden is None else torch.addmm(d_hidden[t], a, weight)
             d_c = torch.addcmul(d_c if d_cells is None else d_c + d_cells[t], d_h, factors.by_c[t])
             spread, by = torch.stack([d_c, d_c, d_c, d_h], -2), factors.slopes_partners[t]
-            spreads.append(spread)
+            if again:
+                spreads.append(spread)
             inputs.append(spread * by if own is None else torch.addcmul(own[t], spread, by))
             d_c = d_c * factors.f[t]
         d_inputs = torch.stack(inputs[::-1]).flatten(-2)
-        if any(ctx.needs_input_grad):
+        if again:  # it is going to be differentiated
             ctx.save_for_backward(
                 # The factors too, so that their memory can be counted.
                 *(weight, c0, d_gates, d_inputs, torch.stack(spreads[::-1])),
@@ -260,10 +263,11 @@ class _LayerBackward(Function):
             hs.append(g_h)
         a, all_c, g_hidden = _quads(torch.stack(inputs)), torch.stack(cs), torch.stack(hs)
         g_c, d_c, d_h, m = all_c[1:], spreads[:, :, 0], spreads[:, :, 3], factors.m
-        # Each gate acts through its own slope, and as the partner of another.
-        shared = a * spreads
-        own = shared * factors.slopes
-        g_gates = shared * factors.curves
+        # Each gate acts through its own slope, and as the partner of another. In place, as fresh
+        # memory for tensors of this size takes longer than the multiplications.
+        g_gates = a * spreads
+        own = g_gates * factors.slopes
+        g_gates.mul_(factors.curves)
         if d_gates is not None:
             g_gates += a * _quads(d_gates) * factors.bends
         both = g_c * d_h
@@ -279,10 +283,11 @@ class _LayerBackward(Function):
         return (
             g_hidden if has[0] else None,
             g_c if has[1] else None,
-            (a * factors.slopes).flatten(-2) if has[2] else None,
+            a.mul_(factors.slopes).flatten(-2) if has[2] else None,
             g_gates.flatten(-2),
             g_cells,
             g_past[0],
             d_inputs[1:].flatten(0, 1).t() @ g_hidden[:-1].flatten(0, 1),
+            None,
             None,
         )

@@ -15,8 +15,9 @@ from ..operators.linear import LinearOperator
 
 __all__ = ["Basis"]
 
-STRIP = 2**22
-"""Entries of the basis that are worked on at a time where a copy of them is needed."""
+STRIP, CPU_STRIP = 2**22, 2**17
+"""Entries of the basis that are worked on at a time where a copy of them is needed: on the CPU so
+few that they stay in its cache."""
 
 
 class Basis:
@@ -74,23 +75,23 @@ class Basis:
         rows = self.rows[:count].to(self.outer).to(self.wide)
         return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
-    def heights(self, count: int, vector: Tensor) -> Tensor:
-        """⟨row, vector⟩ for the first `count` rows, where the basis lies."""
+    def heights(self, count: int, vector: Tensor, *, begin: int = 0) -> Tensor:
+        """⟨row, vector⟩ for the rows from `begin` up to `count`, where the basis lies."""
         if not self.narrow:
-            return self.rows[:count] @ vector
-        heights = torch.zeros(count, dtype=self.wide, device=self.device)
+            return self.rows[begin:count] @ vector
+        heights = torch.zeros(count - begin, dtype=self.wide, device=self.device)
         for columns in self._strips(count):
-            heights += self.rows[:count, columns].to(self.wide) @ vector[columns]
+            heights += self.rows[begin:count, columns].to(self.wide) @ vector[columns]
         return heights / self.scale
 
-    def without(self, heights: Tensor, vector: Tensor) -> Tensor:
-        """`vector` less the combination of the first rows with these coefficients."""
-        count = len(heights)
+    def without(self, heights: Tensor, vector: Tensor, *, begin: int = 0) -> Tensor:
+        """`vector` less the combination of the rows from `begin` on with these coefficients."""
+        count = begin + len(heights)
         if not self.narrow:
-            return vector - self.rows[:count].T @ heights
+            return vector - self.rows[begin:count].T @ heights
         rest, heights = vector.clone(), heights / self.scale
         for columns in self._strips(count):
-            rest[columns] -= self.rows[:count, columns].to(self.wide).T @ heights
+            rest[columns] -= self.rows[begin:count, columns].to(self.wide).T @ heights
         return rest
 
     def rotate(self, coefficients: np.ndarray[Any, np.dtype[np.float64]], count: int) -> None:
@@ -105,5 +106,6 @@ class Basis:
             self.rows[: len(small), columns] = (small @ block).to(self.dtype)
 
     def _strips(self, count: int) -> list[slice]:
-        width = max(1, STRIP // max(1, count))
+        entries = min(STRIP, CPU_STRIP) if self.device.type == "cpu" else STRIP
+        width = max(1, entries // max(1, count))
         return [slice(begin, begin + width) for begin in range(0, self.rows.shape[1], width)]

@@ -11,12 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Chain", "Floats", "Ritz", "Steps", "eigh", "select", "sum_bound", "turned"]
+__all__ = [
+    "Chain",
+    "Drift",
+    "Floats",
+    "Ritz",
+    "Steps",
+    "eigh",
+    "select",
+    "sum_bound",
+    "times",
+    "turned",
+]
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 R = TypeVar("R")
 Steps = Generator[Tensor, Tensor, R]
 """Yields a vector to be multiplied, is sent the product, and returns R."""
+
+NEAR = 3.0
+"""Tolerances within which another Ritz value is a neighbour of the wanted ones."""
+
+REST = 0.1
+"""Tolerances by which values at rest may move in a step."""
 
 
 @dataclasses.dataclass
@@ -109,9 +126,35 @@ class Chain:
         return 0.5 * math.log(2 * n / math.pi) + self.logs - float(np.log(gaps).sum())
 
 
+class Drift:
+    """Whether Ritz values have come to rest, where neighbours might still take their place.
+
+    Small residuals come early where more eigenvalues than are wanted lie within a few tolerances of
+    each other: each Ritz vector is then a mixture of them, and the values still grow.
+    """
+
+    def __init__(self) -> None:
+        self._values, self._moves = np.empty(0), [math.inf] * 2
+
+    def ended(self, ritz: Ritz, tolerance: float) -> bool:
+        """After one more step: no other is near the wanted ones, or two steps hardly moved them."""
+        values = np.sort(ritz.values[ritz.wanted])
+        same = len(values) == len(self._values)
+        move = float(np.abs(values - self._values).max()) if same else math.inf
+        self._values, self._moves = values, [self._moves[-1], move]
+        others = np.delete(ritz.values, ritz.wanted)
+        gaps = np.abs(others[:, None] - values)
+        return bool((gaps > NEAR * tolerance).all()) or max(self._moves) <= REST * tolerance
+
+
 def turned(gram: Floats, vectors: Floats) -> Floats:
     """VᵀGV."""
-    return np.asarray(vectors.T @ gram @ vectors)
+    return times(vectors.T, times(gram, vectors))
+
+
+def times(one: Floats, other: Floats) -> Floats:
+    """The product, as in `eigh`."""
+    return (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
 
 
 def sum_bound(one: Floats, other: Floats, count: int) -> Floats:

@@ -13,7 +13,7 @@ from ..operators.linear import LinearOperator
 from ..randomness import Seed, as_generator
 from ..results import Outcome
 from .basis import Basis
-from .chain import Chain, Floats, Ritz, Steps, eigh, select, sum_bound, turned
+from .chain import Chain, Drift, Floats, Ritz, Steps, eigh, select, sum_bound, times, turned
 from .result import ROUNDING, EigenResult
 from .warm import combined, take_over
 
@@ -26,6 +26,9 @@ CHANCE = 0.01
 MARGIN = 10.0
 """In tolerances: how far beyond the pairs at hand that chance is computed. Nearer to them a missed
 eigenvalue changes the answer by less than this, and is hard to tell from what was found."""
+
+PATIENCE = 3
+"""Times as many steps as a search has, for which converged values that still drift are followed."""
 
 RANDOM_SHARE = 0.1
 """Length of the random part of a start vector that is given, relative to the rest."""
@@ -232,14 +235,16 @@ class LanczosSteps:
         It ends early on an invariant space, and at the product limit, which is then told by
         the first False; the second bool tells whether the held vectors changed meanwhile.
         """
-        first = chain.first
-        chain.single = first and max(self.ends) == 1
+        chain.single = chain.first and max(self.ends) == 1
         searching, moved, steps, idle = probing or chain.single, False, 0, 0
+        drift = Drift()
         while True:
             held = len(self.values)
-            numbers, remainder = self._step(
-                held + chain.size + 1, (yield self.basis.put(held + chain.size, vector))
-            )
+            count = held + chain.size + 1
+            product = yield self.basis.put(count - 1, vector)
+            # Symmetry leaves the product of a lone chain a part along its last two vectors only.
+            alone = held == 0 and not self.basis.narrow
+            numbers, remainder = self._step(count, product, begin=max(0, count - 2) if alone else 0)
             heights, beta = numbers[:-1], float(numbers[-1])
             self._check_symmetry(
                 chain.take(heights, beta, tie, self.gram), float(np.abs(heights).max())
@@ -255,13 +260,14 @@ class LanczosSteps:
             stuck = held > 0 and not self._late(2 * np.abs(ritz.tie[ritz.wanted]))
             done = stuck or not self._late(worst)
             idle += done and len(worst) == self.k
+            resting = drift.ended(ritz, self.tol * self.scale)
             ended = exhausted
             if idle and not ended:
-                ended = (
-                    not searching
-                    or (steps if probing else idle) >= self.probe_steps
-                    or self._nothing_missed(chain, ritz)
-                )
+                if searching:
+                    tired = (steps if probing else idle) >= self.probe_steps
+                    ended = tired or self._nothing_missed(chain, ritz)
+                else:
+                    ended = resting or idle >= PATIENCE * self.probe_steps
             if ended or self.products >= self.limit:
                 return ritz, ended, moved
             if held + chain.size == len(self.basis):
@@ -274,19 +280,24 @@ class LanczosSteps:
                 chain.restart(len(kept), gone)
             vector = remainder / beta
 
-    def _step(self, count: int, product: Tensor) -> tuple[Floats, Tensor]:
-        """The product's heights over the first rows, its remainder's norm, and the remainder."""
+    def _step(self, count: int, product: Tensor, *, begin: int = 0) -> tuple[Floats, Tensor]:
+        """The product's heights over the first rows, its remainder's norm, and the remainder.
+
+        Orthogonal twice; the first time to the rows from `begin` on, if it is so to the others but
+        for rounding.
+        """
         self.products += 1
         remainder = product.to(self.basis.device)
+        first = self.basis.heights(count, remainder, begin=begin)
+        remainder = self.basis.without(first, remainder, begin=begin)
         heights = self.basis.heights(count, remainder)
         remainder = self.basis.without(heights, remainder)
-        correction = self.basis.heights(count, remainder)
-        remainder = self.basis.without(correction, remainder)
+        heights[begin:] += first
         # In float64, as squares of small numbers vanish in float32.
         wide = None if remainder.device.type == "mps" else torch.float64
         norm = torch.linalg.vector_norm(remainder, dtype=wide).reshape(1)
         # The only transfer of the step.
-        numbers = torch.cat([(heights + correction).to(norm.dtype), norm]).cpu().double().numpy()
+        numbers = torch.cat([heights.to(norm.dtype), norm]).cpu().double().numpy()
         if not np.isfinite(numbers).all():
             raise self._not_finite()
         return numbers, remainder
@@ -349,8 +360,8 @@ class LanczosSteps:
         self.largest = max(self.largest, float(np.abs(values).max()))
         # Rᵀ V is the coupling Uᵀ A V, less sᵀ for the first vector of the chain.
         found = coupling[:, 1:] if tied else coupling
-        gram = self.gram - found @ found.T
-        left = np.einsum("ij,ij->j", vectors[:held], gram @ vectors[:held])
+        gram = self.gram - times(found, found.T)
+        left = np.einsum("ij,ij->j", vectors[:held], times(gram, vectors[:held]))
         tie = beta * vectors[-1]
         residuals = np.abs(tie) + np.sqrt(np.maximum(left, 0))
         return Ritz(values, vectors, residuals, self._select(values), gram, tie)

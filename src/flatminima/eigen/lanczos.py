@@ -47,7 +47,9 @@ def lanczos(
     doi:10.1137/0613066). The iteration goes on until the chance of having missed an eigenvalue
     more than 10 `tol` · max |Ritz value| further out is below 1 %, by the bound of van
     Dorsselaer, Hochstenbach and van der Vorst (1999, https://ir.cwi.nl/pub/4505), or for
-    max(10, −2 log₁₀ `tol`) steps. A Krylov space holds one direction of each eigenspace. Where
+    max(10, −2 log₁₀ `tol`) steps. Where other eigenvalues lie within a few tolerances of the last
+    ones wanted, values that still drift are followed first until they rest. A Krylov space
+    holds one direction of each eigenspace. Where
     more than one pair is wanted at an end, the space is therefore held and a new random vector,
     orthogonal to it, sent out until it brings nothing better: this is what finds repeated
     eigenvalues.

@@ -141,13 +141,7 @@ class CurvatureOperator(LinearOperator):
         """The exact products where there are any, by `part`, shape (rows, n)."""
         if self.method != "finite_differences":
             try:
-                if self._examined:
-                    return self._exact(part, rows)
-                with GraphTrace(self.objective.model) as trace:
-                    product = self._summed(part, rows, trace)
-                self._check_functions(trace)
-                self._examined = True
-                return product
+                return self._exact_somehow(part, rows)
             except NotTwiceDifferentiableError as error:
                 if self._insists:
                     raise
@@ -156,6 +150,24 @@ class CurvatureOperator(LinearOperator):
                 self._announce(product)
                 return product
         return differences()
+
+    def _exact_somehow(self, part: Part, rows: int) -> Tensor:
+        """The exact products, in a plainer way where the model does not bear a faster one."""
+        while True:
+            try:
+                return self._examined_or_exact(part, rows)
+            except Exception as error:
+                if not self.objective.differentiation.retreat(error):
+                    raise
+
+    def _examined_or_exact(self, part: Part, rows: int) -> Tensor:
+        if self._examined:
+            return self._exact(part, rows)
+        with GraphTrace(self.objective.model) as trace:
+            product = self._summed(part, rows, trace)
+        self._check_functions(trace)
+        self._examined = True
+        return product
 
     def _exact(self, part: Part, rows: int) -> Tensor:
         """The product, by graphs that are kept where there are any."""
