@@ -1,5 +1,7 @@
 """Dense curvature matrices in float64, by ways that know nothing of the library."""
 
+import copy
+
 import torch
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -60,11 +62,14 @@ def dense_gauss_newton(case: Case) -> torch.Tensor:
     """Σ_b c_b Jᵀ ∇²ℓ_b J as an (n, n) float64 matrix: J row by row, ∇²ℓ_b by autograd."""
     total = 0
     _, batches = case.in_float64()
+    loss_fn = case.loss_fn
+    if isinstance(loss_fn, torch.nn.Module):
+        loss_fn = copy.deepcopy(loss_fn).double()
     for batch, factor in zip(batches, weights(case), strict=True):
         output, joined, rows = jacobian(case, batch)
 
         def loss(values, output=output, batch=batch):
-            return case.loss_fn(reassembled(output, values), batch[1])
+            return loss_fn(reassembled(output, values), batch[1])
 
         middle = torch.autograd.functional.hessian(loss, joined)
         total = total + factor * rows.T @ middle @ rows

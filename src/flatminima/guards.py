@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .nested import same_values
 from .recurrent import twice_differentiable
 
-__all__ = ["Derivatives", "Guard", "evaluating"]
+__all__ = ["Derivatives", "Guard", "evaluating", "no_checkpoint_warning"]
 
 Derivatives = Literal[0, 1, 2]
 """How many times a loss is going to be differentiated by the parameters."""
@@ -82,7 +82,7 @@ def evaluating(
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if derivatives == 0:
-            stack.enter_context(_no_checkpoint_warning())
+            stack.enter_context(no_checkpoint_warning())
         if derivatives == 2 and any(map(_has_weight_norm, modules)):
             stack.enter_context(_PlainWeightNorm())
         if derivatives == 2 or any(m.training for m in modules):
@@ -169,7 +169,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextlib.contextmanager
-def _no_checkpoint_warning() -> Iterator[None]:
+def no_checkpoint_warning() -> Iterator[None]:
     """Reentrant checkpointing warns that gradients will be None where none are wanted."""
     warn = getattr(torch.utils.checkpoint, "check_backward_validity", None)
     if warn is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from .loss_curvature import OutputMatrix
+from .loss_curvature import OutputMatrix, patternless
 from .nested import cut, mapped
 
 __all__ = ["OUTPUTS", "DependentExamplesError", "jacobian_diagonal"]
@@ -53,7 +53,7 @@ def jacobian_diagonal(
     if count > OUTPUTS:
         raise DependentExamplesError(f"an example has {count} outputs, above {OUTPUTS}")
     blocks = _blocks(matrix, output)
-    probe = _probe(output)
+    probe = patternless(output)
     try:
         whole = torch.autograd.grad(output, list(leaves.values()), probe, allow_unused=True)
     except RuntimeError as error:
@@ -91,7 +91,7 @@ def _summed(
         piece = cut(inputs, start, end, examples)
         made = jacobians(model, piece, leaves, count, end - start)
         for place, jacobian in enumerate(made):
-            rows = jacobian.reshape(end - start, count, -1)
+            rows = jacobian.detach().reshape(end - start, count, -1)
             moved = torch.bmm(blocks[start:end].to(rows.dtype), rows)
             diagonal[place] += (rows * moved).sum((0, 1)).view_as(diagonal[place])
             own = weights[start:end].to(rows.dtype)
@@ -118,19 +118,13 @@ def _blocks(matrix: OutputMatrix, output: Tensor) -> Tensor:
         unit[:, column] = 1
         columns.append(_times(matrix, unit.view_as(output)).reshape(examples, count))
     blocks = torch.stack(columns, dim=2)
-    probe = _probe(output).reshape(examples, count)
+    probe = patternless(output).reshape(examples, count)
     whole = _times(matrix, probe.view_as(output)).reshape(examples, count)
     alone = torch.bmm(blocks, probe.unsqueeze(2)).squeeze(2)
     gap, scale = (whole - alone).abs().max(), blocks.abs().max()
     if bool(gap > 1e3 * torch.finfo(output.dtype).eps * count * scale):
         raise DependentExamplesError("the loss joins examples of a batch")
     return blocks
-
-
-def _probe(output: Tensor) -> Tensor:
-    """Numbers without a pattern, of the output's shape."""
-    steps = torch.arange(output.numel(), dtype=torch.float64, device=output.device)
-    return torch.cos(steps.square_().add_(1)).to(output.dtype).view(output.shape)
 
 
 def _times(matrix: OutputMatrix, tangent: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "loss_gradient",
     "loss_hessian",
     "outputs_at",
+    "patternless",
     "places_in",
 ]
 
@@ -52,6 +53,12 @@ def outputs_at(output: Any, places: Sequence[int]) -> list[Tensor]:
     """The tensors at some places of a model's output."""
     tensors = _every(output)
     return [tensors[place] for place in places]
+
+
+def patternless(tensor: Tensor) -> Tensor:
+    """Numbers without a pattern, like a tensor."""
+    steps = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return torch.cos(steps.square_().add_(1)).to(tensor.dtype).view(tensor.shape)
 
 
 def _cut_off(output: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class LossHessian(OutputMatrix):
     """∇²ℓ by differentiating the loss twice at outputs cut off from the model.
 
     Attributes:
-        linear: whether the loss is linear in the outputs, which leaves no curvature.
+        linear: whether the loss was found linear in the outputs, which leaves no curvature.
     """
 
     positive = False
@@ -125,11 +132,14 @@ class LossHessian(OutputMatrix):
         self._gradients = {
             i: g for i, g in enumerate(gradients) if g is not None and g.requires_grad
         }
-        self.linear = not self._gradients
+        # Asked once: a gradient may have a graph all the same.
+        self.linear = trace is not None and not any(
+            t is not None and bool(t.any()) for t in self._curved()
+        )
 
     def times(self, tangents: Outputs) -> list[Tensor | None]:
         """As of `OutputMatrix`."""
-        if self.linear:
+        if not self._gradients:
             return [None] * len(self._leaves)
         return list(
             torch.autograd.grad(
@@ -140,6 +150,10 @@ class LossHessian(OutputMatrix):
                 allow_unused=True,
             )
         )
+
+    def _curved(self) -> list[Tensor | None]:
+        """The product with vectors without a pattern."""
+        return self.times([patternless(leaf) for leaf in self._leaves])
 
 
 def loss_gradient(

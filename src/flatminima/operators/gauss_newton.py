@@ -14,6 +14,7 @@ from ..checks import check_choice, check_integer
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotTwiceDifferentiableError, warn
 from ..forward import Evaluated
 from ..gradients import accumulated, checkpoints_reentrantly
+from ..guards import no_checkpoint_warning
 from ..jacobians import DependentExamplesError, jacobian_diagonal
 from ..kept import Graph, KeepGraph
 from ..loss_curvature import (
@@ -131,7 +132,7 @@ class _OutputOperator(CurvatureOperator):
         }
         data = to_device(seen.batch.data, self.device, duplicate=True)
         reseed(seen.batch.index)
-        with torch.no_grad():
+        with torch.no_grad(), no_checkpoint_warning():
             return functional_call(
                 self.objective.model, moved, (split_pair(data, seen.batch.index)[0],)
             )
@@ -311,8 +312,9 @@ class FisherOperator(_OutputOperator):
         if self.kind == "exact":
             found = likelihood_curvature(loss_fn, output, target)
         else:
-            place = seen.batch.index + 2**32 * seen.batch.start
-            generator = torch.Generator(self.device).manual_seed((self._seed + place) % 2**63)
+            # Odd factors, as generators on the CPU look at 32 bits of a seed alone.
+            place = 0x9E3779B1 * seen.batch.index + 0x85EBCA77 * seen.batch.start
+            generator = torch.Generator(self.device).manual_seed((self._seed + place) % 2**32)
             found = drawn_scores(loss_fn, output, target, samples=self.samples, generator=generator)
         if found is None:
             raise InvalidArgumentError(
