@@ -28,6 +28,7 @@ class Basis:
         size: n, of each.
         device: where the rows lie; the operator's when None.
         dtype: of the rows; the operator's when None.
+        advice: what to do where memory does not suffice.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Basis:
         size: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        advice: str = "Lower basis_size= or k, keep it elsewhere or in fewer bytes with "
+        "basis_device='cpu' or basis_dtype=torch.bfloat16, or select fewer parameters.",
     ) -> None:
         self.outer, self.wide = operator.device, operator.dtype
         self.device, self.dtype = device or self.outer, dtype or self.wide
@@ -50,8 +53,7 @@ class Basis:
                 raise
             raise DeviceMemoryError(
                 f"There is not enough memory on {self.device} for a basis of {count} vectors of "
-                f"length {size}. Lower basis_size= or k, keep it elsewhere or in fewer bytes with "
-                "basis_device='cpu' or basis_dtype=torch.bfloat16, or select fewer parameters."
+                f"length {size}. {advice}"
             ) from error
 
     def __len__(self) -> int:
@@ -92,6 +94,22 @@ class Basis:
         for columns in self._strips(count):
             rest[columns] -= self.rows[:count, columns].to(self.wide).T @ heights
         return rest
+
+    def remainder(self, count: int, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """`vector` less its part along the first `count` rows, taken away twice.
+
+        Returns:
+            Its heights over these rows and then the norm of what is left, shape (count + 1,), and
+            what is left, both where the basis lies.
+        """
+        heights = self.heights(count, vector)
+        vector = self.without(heights, vector)
+        correction = self.heights(count, vector)
+        vector = self.without(correction, vector)
+        # In float64, as squares of small numbers vanish in float32.
+        wide = None if vector.device.type == "mps" else torch.float64
+        norm = torch.linalg.vector_norm(vector, dtype=wide).reshape(1)
+        return torch.cat([(heights + correction).to(norm.dtype), norm]), vector
 
     def rotate(self, coefficients: np.ndarray[Any, np.dtype[np.float64]], count: int) -> None:
         """Put combinations of the first `count` rows in their place, a strip at a time."""
