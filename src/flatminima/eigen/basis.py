@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DeviceMemoryError
+from ..checks import check_device
+from ..errors import DeviceError, DeviceMemoryError
 from ..failures import is_out_of_memory
 from ..operators.linear import LinearOperator
 
-__all__ = ["Basis"]
+__all__ = ["Basis", "check_basis_device"]
 
 STRIP = 2**22
 """Entries of the basis that are worked on at a time where a copy of them is needed."""
@@ -125,3 +126,13 @@ class Basis:
     def _strips(self, count: int) -> list[slice]:
         width = max(1, STRIP // max(1, count))
         return [slice(begin, begin + width) for begin in range(0, self.rows.shape[1], width)]
+
+
+def check_basis_device(call: str, device: torch.device | str) -> torch.device:
+    """The device where the basis of `call` is to lie, when it can."""
+    found = check_device(call, device, "basis_device")
+    if found.type == "meta":
+        raise DeviceError(
+            f"The 'basis_device' argument of {call} is 'meta', which holds no numbers; use 'cpu'."
+        )
+    return found

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_integer
-from ..eigen.basis import Basis
+from ..checks import check_integer
+from ..eigen.basis import Basis, check_basis_device
 from ..eigen.chain import Floats
 from ..eigen.result import ROUNDING, EigenResult
 from ..eigen.symmetry import check_symmetry
@@ -40,11 +40,9 @@ def gauss_quadrature(
     n = operator.shape[0]
     check_integer(call, "probes", probes, low=2)
     check_integer(call, "steps", steps, low=1)
-    device = (
-        operator.device
-        if basis_device is None
-        else check_device(call, basis_device, "basis_device")
-    )
+    device = operator.device
+    if basis_device is not None:
+        device = check_basis_device(call, basis_device)
     generator = as_generator(seed, operator.device)
     before = operator.readings
     with operator.session():
@@ -140,7 +138,8 @@ class _Chain:
         self.diagonal.append(float(heights[-1]))
         size = max(np.abs(self.diagonal).max(), max(self.below, default=0.0), beta)
         done = len(self.diagonal)
-        self.complete = beta <= self.rounding * size or (self.held + done == self.operator.shape[0])
+        whole = self.held + done == self.operator.shape[0]
+        self.complete = whole or bool(beta <= self.rounding * size)
         self.ended = self.complete or done == self.steps
         if not self.ended:
             self.below.append(beta)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_choice, check_number, check_positive
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..results import Estimate, Outcome, Result, Table, format_number, reading_notes
-from .broadening import Scale, default_sigma, gaussian, on_axis
+from .broadening import Scale, default_sigma, gaussian, on_axis, resolved
 from .quadrature import (
     check_positive_definite,
     mean_and_error,
@@ -112,8 +112,8 @@ class SpectralDensity(Result):
 
         Returns:
             Two tensors of the shape of `points`, in float64 on the host. On a linear scale φ
-            integrates to 1. On a logarithmic one the integrals over both signs add up to 1, less
-            the weight of nodes within `resolution` of zero, which have no place there.
+            integrates to 1. On a logarithmic one the integrals over both signs and
+            [`unplaced_mass`][flatminima.SpectralDensity.unplaced_mass] add up to 1.
 
         Raises:
             ArgumentTypeError: `points` are not numbers.
@@ -129,7 +129,7 @@ class SpectralDensity(Result):
         """
         call = "SpectralDensity.density"
         try:
-            wanted = torch.as_tensor(points).detach().double().cpu()
+            wanted = torch.as_tensor(points, dtype=torch.float64, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ArgumentTypeError(
                 f"The 'points' argument of {call} must be a tensor or a sequence of numbers; got "
@@ -147,9 +147,11 @@ class SpectralDensity(Result):
         return torch.cat(values).reshape(wanted.shape), torch.cat(spreads).reshape(wanted.shape)
 
     def _density(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        places, signs = on_axis(points, self.scale)
-        nodes, sides = on_axis(self.nodes, self.scale, self.resolution)
-        atoms, ends = on_axis(self.eigenvalues, self.scale, self.resolution)
+        nodes, sides = on_axis(self.nodes, self.scale, self._seen())
+        places, signs = on_axis(points, self.scale, points != 0)
+        atoms, ends = on_axis(
+            self.eigenvalues, self.scale, self.eigenvalues.abs() > self.resolution
+        )
         rows = torch.zeros(self.probes, len(points), dtype=torch.float64)
         for row, (values, side, weights) in enumerate(zip(nodes, sides, self.weights, strict=True)):
             rows[row] = weights @ gaussian(places, signs, values, side, self.sigma)
@@ -233,7 +235,7 @@ class SpectralDensity(Result):
 
         MacKay's number of well-determined parameters γ (1992,
         [doi:10.1162/neco.1992.4.3.448](https://doi.org/10.1162/neco.1992.4.3.448)); Maddox et al.
-        2020 ([arXiv:2003.02139](https://arxiv.org/abs/2003.02139), eq. 2) relate it to
+        2020 ([arXiv:2003.02139](https://arxiv.org/abs/2003.02139)) relate it to
         generalisation. A direction of curvature far above τ counts as one, one far below not at
         all. For the posterior, A is the Hessian of the summed loss (N times that of the mean) and
         τ the precision of the prior; with the Hessian of the mean loss take τ / N.
@@ -302,6 +304,20 @@ class SpectralDensity(Result):
         check_positive_definite(call, self.smallest, shift, self.resolution)
         return self.sum(lambda values: (values + shift).log())
 
+    def unplaced_mass(self) -> Estimate:
+        """The share of eigenvalues that a logarithmic scale has no place for.
+
+        They are within `resolution` of zero, or belong to nodes next to zero whose weight stands
+        for eigenvalues of unknown magnitude: more steps place more of them.
+        """
+        hidden = torch.where(self._seen(), 0.0, self.weights).sum(dim=1)
+        atoms = float((self.eigenvalues.abs() <= self.resolution).sum())
+        rest = (self.size - len(self.eigenvalues)) * hidden
+        return mean_and_error((atoms + rest) / self.size)
+
+    def _seen(self) -> Tensor:
+        return resolved(self.nodes, self.weights, self.complete, self.resolution)
+
     def _samples(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         return spectral_samples(self.nodes, self.weights, self.eigenvalues, self.size, function)
 
@@ -345,11 +361,12 @@ def on_scale(
     if sigma is not None:
         chosen = check_positive(call, "sigma", sigma)
     else:
-        nodes, weights = density.nodes, density.weights
+        nodes, weights, seen = density.nodes, density.weights, density._seen()
         if density.steps == 0:
-            nodes = density.eigenvalues.unsqueeze(0)
+            nodes = density.eigenvalues.unsqueeze(0).flip(1)
             weights = torch.ones_like(nodes) / density.size
-        chosen = default_sigma(nodes, weights, scale, density.resolution)
+            seen = nodes.abs() > density.resolution
+        chosen = default_sigma(nodes, weights, seen, scale, density.resolution)
     return dataclasses.replace(density, scale=scale, sigma=chosen)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -138,9 +139,10 @@ def log_determinant(
     total, truncation = found.sum(logarithm), found.truncation(logarithm)
     notes = found.notes
     if truncation > total.standard_error:
+        size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
         notes += (
-            f"The quadrature may be off by {truncation:.1e}, more than its standard error: raise "
-            "steps, or take outliers out.",
+            f"The quadrature may be off by {size}, more than the standard error: raise steps, or "
+            "take outliers out.",
         )
     return LogDeterminantResult(
         value=total.value,

@@ -43,7 +43,6 @@ def take_out(
 ) -> TakenOut:
     """Rayleigh–Ritz on the eigenvectors that are given, or found."""
     n, spent = operator.shape[0], 0
-    notes: tuple[str, ...] = ()
     if isinstance(outliers, EigenResult):
         pairs = outliers
     elif isinstance(outliers, (Tensor, np.ndarray, list, tuple, float)):
@@ -58,8 +57,7 @@ def take_out(
         tol = max(OUTLIER_TOL, 2 * ROUNDING * float(torch.finfo(operator.dtype).eps))
         pairs = lanczos(operator, k=count, which="LM", tol=tol, seed=generator, progress=progress)
         spent = pairs.products
-        if not pairs.converged:
-            notes = (f"The outliers: {pairs.outcome.value}",)
+    notes = () if pairs.converged else (f"The outliers: {pairs.outcome.value}",)
     vectors = _vectors(call, operator, pairs)
     count = len(vectors)
     basis = Basis(operator, count, n, advice="Take fewer outliers out.")

@@ -113,8 +113,10 @@ class Quadrature:
     def truncation(self, function: Callable[[Tensor], Tensor]) -> float:
         """How far `sum` may be off because the chains are no longer than they are.
 
-        From what the last third of the steps still changed, and from the rate at which changes
-        become smaller: a geometric series of them.
+        From what the last third of the steps still changed, d, and the rate ρ at which such
+        changes become smaller from third to third: d √ρ / (1 − √ρ). Were the next ones to fall
+        at that rate, d ρ / (1 − ρ) would be left; with its root it is rarely too little. It is
+        infinite where fewer than three steps say nothing of a rate.
         """
         steps = max((len(chain.diagonal) for chain in self.chains), default=0)
         complete = torch.tensor([chain.complete for chain in self.chains], dtype=torch.bool)
@@ -127,8 +129,10 @@ class Quadrature:
         # A rule that is exact will not change any more, whatever it did before.
         before = abs(float(torch.where(complete, 0.0, second - first).mean()))
         after = abs(float(torch.where(complete, 0.0, last - second).mean()))
-        rate = after / before if before > 0 else 0.0
-        return after * rate / (1 - rate) if rate < 1 else math.inf
+        if after <= 1e-12 * float(last.abs().mean()):
+            return after
+        rate = min(math.sqrt(after / before), 0.9) if before > 0 else 0.9
+        return after * rate / (1 - rate)
 
 
 def spectral_samples(
