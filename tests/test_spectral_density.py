@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
+import weakref
 
 import pytest
 import torch
@@ -328,6 +330,22 @@ def test_all_chains_advance_together_and_a_group_at_a_time_where_memory_is_short
         assert parts.products == whole.products
 
 
+def test_a_group_is_gone_before_the_next_one_takes_memory(monkeypatch):
+    original, held, most = chains.Basis, weakref.WeakSet(), []
+
+    def counted(*args, **options):
+        made = original(*args, **options)
+        held.add(made)
+        most.append(len(held))
+        return made
+
+    monkeypatch.setattr(chains, "Basis", counted)
+    monkeypatch.setattr(chains, "_width", lambda *arguments: 2)
+    fm.spectral_density(matrix(OUTLIERS), probes=7, steps=4)
+    assert len(most) == 7
+    assert max(most) == 2
+
+
 def test_memory_that_ends_after_all_makes_the_groups_smaller(monkeypatch):
     whole = fm.spectral_density(matrix(OUTLIERS), probes=4, steps=6)
     made, original = [], chains.Basis
@@ -554,8 +572,6 @@ def test_pairs_of_another_size_are_refused():
 
 
 def test_vectors_that_are_not_orthonormal_are_refused():
-    import dataclasses
-
     pairs = fm.lanczos(matrix(LINE), k=2, tol=1e-6)
     same = dataclasses.replace(pairs, eigenvectors=pairs.eigenvectors[:, [0, 0]])
     with pytest.raises(fm.InvalidArgumentError, match="not orthonormal"):

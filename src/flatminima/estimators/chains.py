@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,17 +58,13 @@ def gauss_quadrature(
         with progress_bar(
             call, total=probes * steps, unit="product", show=progress and steps > 0
         ) as bar:
+            group: list[_Chain] = []
             while steps and len(chains) < probes:
-                group = _chains(
+                group.clear()  # before the next ones take their memory
+                group += _chains(
                     operator, out, min(width, probes - len(chains)), steps, device, generator
                 )
-                while alive := [chain for chain in group if not chain.ended]:
-                    found = operator._products(torch.stack([chain.vector for chain in alive]))
-                    numbers = [c.step(p) for c, p in zip(alive, found, strict=True)]
-                    # The only transfer of the step.
-                    for chain, row in zip(alive, torch.stack(numbers).cpu().double(), strict=True):
-                        chain.take(row.numpy(), scale)
-                    bar.update(len(alive))
+                _advance(operator, group, scale, bar)
                 chains += [chain.tridiagonal() for chain in group]
                 products += sum(len(chain.diagonal) for chain in group)
     largest = max([scale, *(float(np.abs(chain.rule()[0]).max()) for chain in chains)])
@@ -147,6 +145,17 @@ class _Chain:
 
     def tridiagonal(self) -> Tridiagonal:
         return Tridiagonal(np.array(self.diagonal), np.array(self.below), self.complete)
+
+
+def _advance(operator: LinearOperator, chains: list[_Chain], scale: float, bar: Any) -> None:
+    """Take all chains to their ends, side by side."""
+    while alive := [chain for chain in chains if not chain.ended]:
+        found = operator._products(torch.stack([chain.vector for chain in alive]))
+        numbers = [chain.step(row) for chain, row in zip(alive, found, strict=True)]
+        # The only transfer of the step.
+        for chain, row in zip(alive, torch.stack(numbers).cpu().double(), strict=True):
+            chain.take(row.numpy(), scale)
+        bar.update(len(alive))
 
 
 def _chains(
