@@ -43,6 +43,7 @@ def take_out(
 ) -> TakenOut:
     """Rayleigh–Ritz on the eigenvectors that are given, or found."""
     n, spent = operator.shape[0], 0
+    nothing = TakenOut(torch.empty(0, n, dtype=operator.dtype), np.empty(0), 0)
     if isinstance(outliers, EigenResult):
         pairs = outliers
     elif isinstance(outliers, (Tensor, np.ndarray, list, tuple, float)):
@@ -53,13 +54,15 @@ def take_out(
     else:
         count = check_integer(call, "outliers", outliers, low=0, high=n)
         if count == 0:
-            return TakenOut(torch.empty(0, n, dtype=operator.dtype), np.empty(0), 0)
+            return nothing
         tol = max(OUTLIER_TOL, 2 * ROUNDING * float(torch.finfo(operator.dtype).eps))
         pairs = lanczos(operator, k=count, which="LM", tol=tol, seed=generator, progress=progress)
         spent = pairs.products
     notes = () if pairs.converged else (f"The outliers: {pairs.outcome.value}",)
     vectors = _vectors(call, operator, pairs)
     count = len(vectors)
+    if count == 0:
+        return dataclasses.replace(nothing, products=spent, notes=notes)
     basis = Basis(operator, count, n, advice="Take fewer outliers out.")
     for row, column in enumerate(vectors):
         # Vectors from a basis in few bits are orthonormal to these only.
