@@ -44,6 +44,19 @@ def test_eigenvalues_agree_with_the_cpu(objectives):
     assert device.eigenvectors.device.type == "cuda"
 
 
+@pytest.mark.parametrize("basis_device", [None, "cpu"])
+def test_spectra_agree_with_the_cpu(objectives, basis_device):
+    host, device = (fm.HessianOperator(o) for o in objectives)
+    options = {"probes": 3, "steps": 8, "outliers": fm.lanczos(host, k=2, tol=1e-8)}
+    generators = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    first = fm.spectral_density(host, **options, seed=generators[0])
+    options["basis_device"] = basis_device
+    second = fm.spectral_density(device, **options, seed=generators[1])
+    torch.testing.assert_close(second.eigenvalues, first.eigenvalues, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(second.nodes, first.nodes, rtol=1e-5, atol=1e-7)
+    assert second.weights.device.type == "cpu"
+
+
 @pytest.mark.parametrize("subspace", [None, 5])
 def test_measures_run_on_the_gpu_and_leave_everything_as_it_was(objectives, subspace):
     device = objectives[1]
@@ -53,6 +66,7 @@ def test_measures_run_on_the_gpu_and_leave_everything_as_it_was(objectives, subs
         assert fm.epsilon_sharpness(device, subspace=subspace) == first
         fm.random_sharpness(device, samples=2)
         fm.trace(fm.HessianOperator(device), products=4)
+        fm.spectral_density(fm.HessianOperator(device), probes=2, steps=3, outliers=1)
         assert torch.equal(torch.cuda.get_rng_state(), state)
 
 

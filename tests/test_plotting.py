@@ -52,6 +52,11 @@ PAPER = interpolation(test=(4.0, 0.5, 2.0, 0.6, 5.0), metrics=ACCURACY)
 MATRIX = fm.MatrixOperator(torch.diag(torch.tensor([5.0, -3.0, 1.0, 0.5])))
 EIGEN = fm.lanczos(MATRIX, k=3, which="LM", tol=1e-5)
 
+BULK = fm.MatrixOperator(
+    torch.diag(torch.cat([torch.tensor([80.0, -9.0]), torch.logspace(-5, 0, 98)]))
+)
+DENSITY = fm.spectral_density(BULK, probes=4, steps=12, outliers=2)
+
 MODEL = nn.Linear(3, 2)
 for parameter in MODEL.parameters():
     nn.init.constant_(parameter, 0.5)
@@ -86,6 +91,12 @@ RESULTS = {
     "interpolation": interpolation(),
     "the paper's figure": PAPER,
     "eigenpairs": EIGEN,
+    "spectral density": DENSITY,
+    "spectral density, logarithmic": DENSITY.rescaled(scale="log"),
+    "spectral density without outliers": fm.spectral_density(BULK, probes=2, steps=5),
+    "spectral density of outliers alone": fm.spectral_density(MATRIX, probes=2, outliers=4),
+    "spectral density of zero": fm.spectral_density(fm.MatrixOperator(torch.zeros(3, 3))),
+    "zero, logarithmic": fm.spectral_density(fm.MatrixOperator(torch.zeros(3, 3)), scale="log"),
     "random sharpness": SHAKEN,
     "report": REPORT,
     "comparison": COMPARISON,
@@ -492,3 +503,72 @@ def test_comparison_without_any_ratio_can_be_drawn():
 
 def test_comparison_of_equals_can_be_drawn():
     assert drawn(comparison(base=(1.0,), same=(1.0,))).get_xscale() == "log"
+
+
+# --------------------------------------------------------------------------- spectral densities
+
+
+def test_density_is_drawn_on_a_logarithmic_axis_with_the_outliers_marked():
+    axis = drawn(DENSITY)
+    assert (axis.get_xscale(), axis.get_yscale()) == ("linear", "log")
+    marks = curve(axis, "taken out first")
+    np.testing.assert_allclose(marks.get_xdata(), [80.0, -9.0], rtol=1e-5)
+    np.testing.assert_allclose(
+        marks.get_ydata(), 1 / (100 * DENSITY.sigma * math.sqrt(2 * math.pi)), rtol=1e-6
+    )
+    (line,) = [x for x in axis.get_lines() if len(x.get_xdata()) > 100]
+    low, high = axis.get_xlim()
+    assert low < -9 < 80 < high
+    points = line.get_xdata()[::50]
+    value, _ = DENSITY.density(points.tolist())
+    shown = value.numpy() > axis.get_ylim()[0]
+    np.testing.assert_allclose(line.get_ydata()[::50][shown], value.numpy()[shown])
+
+
+def test_floor_of_the_picture_is_below_a_single_eigenvalue():
+    axis = drawn(DENSITY)
+    single = 1 / (100 * DENSITY.sigma * math.sqrt(2 * math.pi))
+    low, high = axis.get_ylim()
+    assert low == pytest.approx(single / 10)
+    assert high > 50 * single
+
+
+def test_every_node_is_met_by_a_point_of_the_line():
+    axis = drawn(DENSITY)
+    (line,) = [x for x in axis.get_lines() if len(x.get_xdata()) > 100]
+    gaps = np.abs(np.subtract.outer(DENSITY.nodes.numpy().ravel(), line.get_xdata()))
+    assert gaps.min(axis=1).max() < 0.01 * DENSITY.sigma
+
+
+def test_band_is_two_standard_errors_wide():
+    axis = drawn(DENSITY)
+    (band,) = axis.collections
+    vertices = band.get_paths()[0].vertices
+    place = float(DENSITY.nodes[0].max())
+    value, error = (float(x) for x in DENSITY.density([place]))
+    near = vertices[np.abs(vertices[:, 0] - place) < 1e-6 * DENSITY.sigma][:, 1]
+    assert near.max() == pytest.approx(value + 2 * error, rel=1e-3)
+
+
+def test_both_signs_are_on_the_logarithmic_axis_and_what_has_no_place_is_told():
+    logarithmic = DENSITY.rescaled(scale="log")
+    axis = drawn(logarithmic)
+    assert (axis.get_xscale(), axis.get_yscale()) == ("symlog", "log")
+    assert axis.get_ylabel() == "density per decade"
+    low, high = axis.get_xlim()
+    assert low < -9 < 80 < high
+    texts = [t.get_text() for t in axis.get_legend().get_texts()]
+    share = 100 * logarithmic.unplaced_mass().value
+    assert f"cannot be placed: {share:.3g} %" in texts
+    ticks = axis.get_xticks()
+    assert 2 <= len(ticks) <= 10
+    assert (ticks < 0).any()
+    assert (ticks > 0).any()
+
+
+def test_positive_spectrum_leaves_the_negative_half_of_the_axis_out():
+    operator = fm.MatrixOperator(torch.diag(torch.logspace(-2, 1, 60).double()))
+    axis = drawn(fm.spectral_density(operator, probes=3, steps=60, scale="log"))
+    low, high = axis.get_xlim()
+    assert -0.01 < low < 0
+    assert high > 10

@@ -106,6 +106,21 @@ COMPARISON = fm.Comparison(
 
 VECTORS = torch.tensor([[0.1, 1 / 3], [-2.0, 1e-30], [0.0, 7.0]])
 
+DENSITY = fm.SpectralDensity(
+    size=10,
+    nodes=torch.tensor([[-1.0, 2.0], [0.5, 0.5]]).double(),
+    weights=torch.tensor([[0.25, 0.75], [1.0, 0.0]]).double(),
+    complete=(False, True),
+    eigenvalues=torch.tensor([50.0, -7.0]).double(),
+    sigma=0.125,
+    scale="log",
+    resolution=1e-6,
+    products=9,
+    outcome=fm.Outcome.COMPLETED,
+    readings=3,
+    notes=("a note",),
+)
+
 LAYER = fm.LayerCurvature("0", 9, 2.25, 0.5, -1.5, 1e-3, 11, fm.Outcome.CONVERGED)
 
 RESULTS = {
@@ -141,6 +156,24 @@ RESULTS = {
         notes=("Products are differences.",),
     ),
     "trace that is not finite": fm.TraceResult(NAN, INF, 3, 2, fm.Outcome.COMPLETED),
+    "estimate": fm.Estimate(3.0, 0.25),
+    "spectral density": DENSITY,
+    "spectral density without outliers": dataclasses.replace(
+        DENSITY, eigenvalues=torch.empty(0).double()
+    ),
+    "spectral density of outliers alone": dataclasses.replace(
+        DENSITY, nodes=torch.empty(2, 0).double(), weights=torch.empty(2, 0).double()
+    ),
+    "log-determinant": fm.LogDeterminantResult(
+        value=-12.5,
+        standard_error=0.75,
+        quadrature_error=INF,
+        shift=0.1,
+        size=10,
+        smallest=-0.0625,
+        products=60,
+        outcome=fm.Outcome.COMPLETED,
+    ),
     "curve": CURVE,
     "interpolation": INTERPOLATION,
     "measurement": fm.Measurement("name", 1.5, None, "", None, "1 loss"),
@@ -340,6 +373,9 @@ NUMBERS = {
     "one tensor": ["0.weight", "2.5", "1.25", "0.5"],
     "random sharpness": ["2.5", "1.25", "0.bias", "∞", "NaN", "1.0e-05"],
     "trace": ["42.5", "1.5", "4.25", "0.15", "100 products"],
+    "estimate": ["3", "0.25"],
+    "spectral density": ["50", "-7", "2 of them taken out", "9 products", "3 times", "a note"],
+    "log-determinant": ["-12.5", "0.75", "∞", "0.1", "-0.0625", "60 products"],
     "curve": ["0.5", "∞", "NaN", "0.9", "−∞", "accuracy"],
     "interpolation": ["-1", "train loss", "test loss", "train accuracy", "first", "second"],
     "measurement with an error": ["−∞", "0.5 (residual)", "NOT CONVERGED", "9 products"],

@@ -114,6 +114,8 @@ CALLS = {
     "lanczos": lambda b: fm.lanczos(b.operator, max_products=2),
     "power_iteration": lambda b: fm.power_iteration(b.operator, max_products=2),
     "trace": lambda b: fm.trace(b.operator, products=2),
+    "spectral_density": lambda b: fm.spectral_density(b.operator, probes=2, steps=2),
+    "log_determinant": lambda b: fm.log_determinant(b.operator, 1e6, probes=2, steps=1),
     "epsilon_sharpness": lambda b: fm.epsilon_sharpness(b.objective, iterations=1),
     "epsilon_sharpness in a subspace": lambda b: fm.epsilon_sharpness(
         b.objective, iterations=1, subspace=2

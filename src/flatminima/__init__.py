@@ -24,6 +24,7 @@ from .errors import (
     LossNotScalarError,
     NonFiniteError,
     NotCompiledError,
+    NotPositiveDefiniteError,
     NotSymmetricError,
     NotTwiceDifferentiableError,
     OneShotDataError,
@@ -31,6 +32,9 @@ from .errors import (
     ShapeError,
     StateMismatchError,
 )
+from .estimators.density import SpectralDensity
+from .estimators.log_determinant import LogDeterminantResult, log_determinant
+from .estimators.spectral_density import spectral_density
 from .estimators.trace import TraceResult, trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
@@ -44,7 +48,7 @@ from .operators.linear import FunctionOperator, LinearOperator, MatrixOperator
 from .operators.restricted import BlockOperator, PreconditionedOperator, ProjectedOperator
 from .operators.sums import SumOperator
 from .report import Measurement, SharpnessReport, sharpness
-from .results import Outcome, Result, Table
+from .results import Estimate, Outcome, Result, Table
 from .weights import token_weight
 
 if TYPE_CHECKING:
@@ -64,6 +68,7 @@ __all__ = [
     "DeviceMemoryError",
     "EigenResult",
     "EmptyDataError",
+    "Estimate",
     "FiniteDifferenceWarning",
     "FisherOperator",
     "FlatMinimaError",
@@ -77,11 +82,13 @@ __all__ = [
     "LayerCurvature",
     "LayerwiseResult",
     "LinearOperator",
+    "LogDeterminantResult",
     "LossNotScalarError",
     "MatrixOperator",
     "Measurement",
     "NonFiniteError",
     "NotCompiledError",
+    "NotPositiveDefiniteError",
     "NotSymmetricError",
     "NotTwiceDifferentiableError",
     "Objective",
@@ -95,6 +102,7 @@ __all__ = [
     "ShapeError",
     "SharpnessReport",
     "SharpnessResult",
+    "SpectralDensity",
     "StateMismatchError",
     "SumOperator",
     "Table",
@@ -106,10 +114,12 @@ __all__ = [
     "interpolate",
     "lanczos",
     "layerwise",
+    "log_determinant",
     "plot",
     "power_iteration",
     "random_sharpness",
     "sharpness",
+    "spectral_density",
     "token_weight",
     "trace",
 ]

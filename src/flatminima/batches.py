@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +23,13 @@ from .errors import (
     InvalidArgumentError,
     OneShotDataError,
 )
-from .failures import explained
+from .failures import available_bytes, explained
 from .nested import fingerprint, tensors_in, to_device
 from .progress import progress_bar
 from .randomness import preserved_random_state, reseed
 from .transfers import ReadingAhead
 
-__all__ = ["Batch", "Batches", "available_bytes", "located"]
+__all__ = ["Batch", "Batches", "located"]
 
 READ_SEED = 2**20
 """Readings are seeded with this plus the batch's number; evaluations with the number alone."""
@@ -134,16 +133,6 @@ def _generators(source: Any) -> list[torch.Generator]:
         owners += [i for i in inner if i is not None and all(i is not o for o in owners)]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 * 2**30
 
 
 class Batches:

@@ -16,6 +16,7 @@ __all__ = [
     "check_device",
     "check_instance",
     "check_integer",
+    "check_number",
     "check_positive",
 ]
 
@@ -39,13 +40,21 @@ def check_integer(
     return int(number)
 
 
-def check_positive(call: str, argument: str, value: object) -> float:
-    """`value` as a finite float greater than zero."""
-    wanted = "a finite number > 0"
+def check_number(call: str, argument: str, value: object, wanted: str = "a finite number") -> float:
+    """`value` as a finite float."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise ArgumentTypeError(_refusal(call, argument, wanted, value))
     number = float(value.__float__())
-    if not (math.isfinite(number) and number > 0):
+    if not math.isfinite(number):
+        raise InvalidArgumentError(_refusal(call, argument, wanted, value))
+    return number
+
+
+def check_positive(call: str, argument: str, value: object) -> float:
+    """`value` as a finite float greater than zero."""
+    wanted = "a finite number > 0"
+    number = check_number(call, argument, value, wanted)
+    if number <= 0:
         raise InvalidArgumentError(_refusal(call, argument, wanted, value))
     return number
 

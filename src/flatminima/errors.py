@@ -7,6 +7,7 @@ exception that describes it best, so that `except ValueError` keeps working.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 import warnings
@@ -219,6 +220,24 @@ class NotSymmetricError(FlatMinimaError, ValueError):
         ...     print(error)
         MatrixOperator takes a symmetric matrix; this one differs from its transpose by ...
     """
+
+
+class NotPositiveDefiniteError(FlatMinimaError, ValueError):
+    """A + τ I has an eigenvalue that is not positive where all of them must be.
+
+    Attributes:
+        smallest: the smallest Ritz value of A; its smallest eigenvalue is at most that.
+        shift: the τ that was given.
+
+    Examples:
+        >>> import flatminima as fm
+        >>> print(fm.NotPositiveDefiniteError("not positive", -0.5, 0.1).smallest)
+        -0.5
+    """
+
+    def __init__(self, message: str, smallest: float = math.nan, shift: float = math.nan) -> None:
+        super().__init__(message)
+        self.smallest, self.shift = smallest, shift
 
 
 class NotTwiceDifferentiableError(FlatMinimaError, RuntimeError):

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import Batch, Batches, available_bytes, located
-from .failures import explained
+from .batches import Batch, Batches, located
+from .failures import available_bytes, explained
 from .forward import Evaluated, Forward, LossOf, Within
 from .guards import Derivatives, evaluating
 from .nested import same_tensors, same_values, to_device

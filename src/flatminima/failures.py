@@ -1,8 +1,9 @@
-"""What PyTorch says when it cannot evaluate a batch, told with the batch and the way out."""
+"""Memory that is free, and what PyTorch says where it cannot evaluate a batch."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from .errors import DeviceMemoryError, FlatMinimaError, GraphError, ShapeError
 from .nested import tensors_in
 
-__all__ = ["explained", "is_out_of_memory"]
+__all__ = ["available_bytes", "explained", "is_out_of_memory"]
 
 
 _NO_MEMORY = (
@@ -28,6 +29,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
 
 
 @contextlib.contextmanager

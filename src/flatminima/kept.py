@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .batches import available_bytes
 from .captured import CapturedGraph, Recorder
+from .failures import available_bytes
 from .forward import Evaluated
 from .nested import same_values, tensors_in
 from .objective import Objective

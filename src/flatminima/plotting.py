@@ -10,11 +10,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from .comparison import Comparison
 from .eigen.result import EigenResult
 from .errors import ArgumentTypeError
+from .estimators.broadening import resolved
+from .estimators.density import SpectralDensity
 from .landscape.interpolation import Interpolation
 from .measures.layerwise import LayerwiseResult
 from .measures.random_sharpness import RandomSharpnessResult
@@ -34,7 +36,11 @@ def plot(result: Result, ax: Axes | None = None) -> Axes:
 
     An `Interpolation` is drawn as in Keskar et al. (2017): the loss on a logarithmic axis at the
     left, metrics at the right, the objective's own data solid and others dashed, the two models
-    marked. An `EigenResult`, a `RandomSharpnessResult`, a `LayerwiseResult`, a `SharpnessReport`
+    marked. A `SpectralDensity` is drawn as in Ghorbani et al. (2019): both signs, the density on a
+    logarithmic axis down to a tenth of what a single eigenvalue adds, two standard errors around
+    it, and the eigenvalues that were taken out marked; with `scale="log"` the eigenvalues are on
+    a logarithmic axis too, whose middle is what cannot be told from zero. An `EigenResult`, a
+    `RandomSharpnessResult`, a `LayerwiseResult`, a `SharpnessReport`
     and a `Comparison` are drawn as points and bars with their errors.
 
     Args:
@@ -72,8 +78,9 @@ def _axis(ax: Axes | None, width: float, height: float) -> Axes:
 @functools.singledispatch
 def _draw(result: Any, ax: Axes | None) -> Axes:  # noqa: ARG001
     raise ArgumentTypeError(
-        "plot draws an Interpolation, an EigenResult, a RandomSharpnessResult, a "
-        f"LayerwiseResult, a SharpnessReport or a Comparison; got {type(result).__name__}."
+        "plot draws an Interpolation, a SpectralDensity, an EigenResult, a "
+        "RandomSharpnessResult, a LayerwiseResult, a "
+        f" SharpnessReport or a Comparison; got {type(result).__name__}."
     )
 
 
@@ -151,6 +158,73 @@ def _widen(axis: Axes, span: float) -> None:
     low, high = axis.get_ylim()
     if high - low < span:
         axis.set_ylim(high - span, high + span / 20)
+
+
+@_draw.register
+def _(result: SpectralDensity, ax: Axes | None) -> Axes:
+    axis = _axis(ax, 6.0, 3.6)
+    logarithmic = result.scale == "log"
+    points = _places(result)
+    values, errors = (part.numpy() for part in result.density(points))
+    # What one eigenvalue adds where it is.
+    single = 1 / (result.size * result.sigma * math.sqrt(2 * math.pi))
+    floor = 0.1 * single
+    hidden = floor / 100
+    sides = (points < 0, points > 0) if logarithmic else (np.full(len(points), True),)
+    for side in sides:
+        low, high = (np.maximum(values[side] + sign * errors[side], hidden) for sign in (-2.0, 2.0))
+        axis.fill_between(points[side], low, high, color=BLUE, alpha=0.25, linewidth=0)
+        axis.plot(points[side], np.maximum(values[side], hidden), color=BLUE, linewidth=1.2)
+    taken = result.eigenvalues.numpy()
+    if logarithmic:
+        taken = taken[np.abs(taken) > result.resolution]
+        _logarithmic_both_ways(axis, points, values > floor)
+        share = f"cannot be placed: {100 * result.unplaced_mass().value:.3g} %"
+        inner = np.abs(points).min()
+        axis.axvspan(-inner, inner, color=GREY, alpha=0.2, linewidth=0, label=share)
+    else:
+        axis.axvline(0, color=GREY, linewidth=0.8, zorder=0)
+    if len(taken):
+        heights = result.density(taken.tolist())[0].numpy()
+        label = "taken out first"
+        axis.plot(taken, heights, "v", color=VERMILLION, markersize=5, label=label)
+    axis.set_yscale("log")
+    axis.set_ylim(floor, 3 * max(float((values + 2 * errors).max()), single))
+    axis.set_xlabel("eigenvalue λ")
+    axis.set_ylabel("density per decade" if logarithmic else "density")
+    if logarithmic or len(taken):
+        axis.legend(frameon=False, fontsize="small", loc="upper right")
+    return axis
+
+
+def _places(result: SpectralDensity) -> Any:
+    """Where the density is computed for its picture: close enough to see every Gaussian."""
+    nodes = result.nodes[result.weights > 0].numpy()
+    values = np.concatenate([nodes, result.eigenvalues.numpy()])
+    shifts = result.sigma * np.linspace(-4, 4, 17)
+    if result.scale == "linear":
+        grid = np.linspace(values.min() + shifts[0], values.max() + shifts[-1], 1001)
+        return np.unique(np.concatenate([grid, np.add.outer(values, shifts).reshape(-1)]))
+    seen = resolved(result.nodes, result.weights, result.complete, result.resolution)
+    sizes = np.abs(np.concatenate([result.nodes[seen].numpy(), result.eigenvalues.numpy()]))
+    logs = np.log10(sizes[sizes > result.resolution]) if sizes.any() else np.zeros(1)
+    low, high = logs.min() - 2 * result.sigma, logs.max() + shifts[-1]
+    places = np.linspace(low, high, math.ceil(max(500, 8 * (high - low) / result.sigma)))
+    return np.concatenate([-(10.0 ** places[::-1]), 10.0**places])
+
+
+def _logarithmic_both_ways(axis: Axes, points: Any, shown: Any) -> None:
+    """A logarithmic axis on both sides of zero, as far as something is shown there."""
+    inner, outer = np.abs(points).min(), np.abs(points).max()
+    shown = shown if shown.any() else np.full(len(points), True)
+    axis.set_xscale("symlog", linthresh=inner, linscale=0.5)
+    left, right = min(points[shown].min(), -inner), max(points[shown].max(), inner)
+    axis.set_xlim(left, right)
+    decades = np.arange(math.ceil(math.log10(inner)), math.floor(math.log10(outer)) + 1)
+    places = 10.0 ** decades[:: -max(1, math.ceil(len(decades) / 4))]
+    ticks = np.concatenate([-places, places])
+    axis.set_xticks(ticks[(ticks >= left) & (ticks <= right)])
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 @_draw.register

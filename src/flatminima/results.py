@@ -18,7 +18,7 @@ import torch
 
 from .errors import InvalidArgumentError, closest
 
-__all__ = ["Outcome", "Result", "Table", "format_number", "reading_notes"]
+__all__ = ["Estimate", "Outcome", "Result", "Table", "format_number", "reading_notes"]
 
 R = TypeVar("R", bound="Result")
 
@@ -288,6 +288,32 @@ class Result:
                 f"{cls.__name__}.from_json takes what to_json() gave: {error}."
             ) from error
         return cls.from_dict(data)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Estimate(Result):
+    """A number from random samples, and how far it is off as a rule.
+
+    Attributes:
+        value: the mean of the samples.
+        standard_error: of `value`, from their spread.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([1.0, 2.0, 6.0])))
+        >>> mean = fm.spectral_density(operator, probes=200, steps=3).mean()
+        >>> abs(mean.value - 3) < 4 * mean.standard_error < 1
+        True
+    """
+
+    value: float
+    standard_error: float
+
+    def _table(self) -> Table:
+        return Table(
+            header=("value", "standard error"),
+            rows=((format_number(self.value), format_number(self.standard_error, 2)),),
+        )
 
 
 def _encode(value: Any) -> Any:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DeviceMemoryError
+from ..checks import check_device
+from ..errors import DeviceError, DeviceMemoryError
 from ..failures import is_out_of_memory
 from ..operators.linear import LinearOperator
 
-__all__ = ["Basis"]
+__all__ = ["Basis", "check_basis_device"]
 
 STRIP, CPU_STRIP = 2**22, 2**17
 """Entries of the basis that are worked on at a time where a copy of them is needed: on the CPU so
@@ -29,6 +30,7 @@ class Basis:
         size: n, of each.
         device: where the rows lie; the operator's when None.
         dtype: of the rows; the operator's when None.
+        advice: what to do where memory does not suffice.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Basis:
         size: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        advice: str = "Lower basis_size= or k, keep it elsewhere or in fewer bytes with "
+        "basis_device='cpu' or basis_dtype=torch.bfloat16, or select fewer parameters.",
     ) -> None:
         self.outer, self.wide = operator.device, operator.dtype
         self.device, self.dtype = device or self.outer, dtype or self.wide
@@ -51,8 +55,7 @@ class Basis:
                 raise
             raise DeviceMemoryError(
                 f"There is not enough memory on {self.device} for a basis of {count} vectors of "
-                f"length {size}. Lower basis_size= or k, keep it elsewhere or in fewer bytes with "
-                "basis_device='cpu' or basis_dtype=torch.bfloat16, or select fewer parameters."
+                f"length {size}. {advice}"
             ) from error
 
     def __len__(self) -> int:
@@ -94,6 +97,26 @@ class Basis:
             rest[columns] -= self.rows[begin:count, columns].to(self.wide).T @ heights
         return rest
 
+    def remainder(self, count: int, vector: Tensor, *, begin: int = 0) -> tuple[Tensor, Tensor]:
+        """`vector` less its part along the first `count` rows, taken away twice.
+
+        The first time only along the rows from `begin` on, if it is orthogonal to the others but
+        for rounding.
+
+        Returns:
+            Its heights over these rows and then the norm of what is left, shape (count + 1,), and
+            what is left, both where the basis lies.
+        """
+        first = self.heights(count, vector, begin=begin)
+        vector = self.without(first, vector, begin=begin)
+        heights = self.heights(count, vector)
+        vector = self.without(heights, vector)
+        heights[begin:] += first
+        # In float64, as squares of small numbers vanish in float32.
+        wide = None if vector.device.type == "mps" else torch.float64
+        norm = torch.linalg.vector_norm(vector, dtype=wide).reshape(1)
+        return torch.cat([heights.to(norm.dtype), norm]), vector
+
     def rotate(self, coefficients: np.ndarray[Any, np.dtype[np.float64]], count: int) -> None:
         """Put combinations of the first `count` rows in their place, a strip at a time."""
         if count == 0:
@@ -109,3 +132,13 @@ class Basis:
         entries = min(STRIP, CPU_STRIP) if self.device.type == "cpu" else STRIP
         width = max(1, entries // max(1, count))
         return [slice(begin, begin + width) for begin in range(0, self.rows.shape[1], width)]
+
+
+def check_basis_device(call: str, device: torch.device | str) -> torch.device:
+    """The device where the basis of `call` is to lie, when it can."""
+    found = check_device(call, device, "basis_device")
+    if found.type == "meta":
+        raise DeviceError(
+            f"The 'basis_device' argument of {call} is 'meta', which holds no numbers; use 'cpu'."
+        )
+    return found

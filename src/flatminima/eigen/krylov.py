@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, NotSymmetricError
+from ..errors import NonFiniteError
 from ..operators.linear import LinearOperator
 from ..randomness import Seed, as_generator
 from ..results import Outcome
 from .basis import Basis
 from .chain import Chain, Drift, Floats, Ritz, Steps, eigh, select, sum_bound, times, turned
 from .result import ROUNDING, EigenResult
+from .symmetry import check_symmetry
 from .warm import combined, take_over
 
 __all__ = ["LanczosSteps", "Steps"]
@@ -287,17 +288,9 @@ class LanczosSteps:
         for rounding.
         """
         self.products += 1
-        remainder = product.to(self.basis.device)
-        first = self.basis.heights(count, remainder, begin=begin)
-        remainder = self.basis.without(first, remainder, begin=begin)
-        heights = self.basis.heights(count, remainder)
-        remainder = self.basis.without(heights, remainder)
-        heights[begin:] += first
-        # In float64, as squares of small numbers vanish in float32.
-        wide = None if remainder.device.type == "mps" else torch.float64
-        norm = torch.linalg.vector_norm(remainder, dtype=wide).reshape(1)
-        # The only transfer of the step.
-        numbers = torch.cat([heights.to(norm.dtype), norm]).cpu().double().numpy()
+        lying = product.to(self.basis.device)
+        found, remainder = self.basis.remainder(count, lying, begin=begin)
+        numbers = found.cpu().double().numpy()  # the only transfer of the step
         if not np.isfinite(numbers).all():
             raise self._not_finite()
         return numbers, remainder
@@ -327,15 +320,7 @@ class LanczosSteps:
         )
 
     def _check_symmetry(self, gaps: Floats, scale: float) -> None:
-        scale = max(scale, self.largest)
-        gap = float(np.abs(gaps).max()) if len(gaps) else 0.0
-        allowed = max(0.05, 10 * self.rounding) * scale
-        if gap > max(allowed, 20 * self.operator.error, self.operator.floor):
-            raise NotSymmetricError(
-                f"{self.operator!r} is not symmetric: ⟨u, A v⟩ and ⟨A u, v⟩ differ by {gap:.2e} "
-                f"for unit vectors where products are of size {scale:.2e}. Lanczos needs a "
-                "symmetric operator that stays the same from product to product."
-            )
+        check_symmetry(self.operator, gaps, max(scale, self.largest), self.rounding)
 
     # -------------------------------------------------------------------------------- algebra
 

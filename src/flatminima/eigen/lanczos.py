@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_device, check_integer
-from ..errors import ArgumentTypeError, DeviceError, InvalidArgumentError
+from ..checks import check_choice, check_integer
+from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed
 from ..vectors import check_vector
+from .basis import check_basis_device
 from .chain import Steps
 from .krylov import LanczosSteps
 from .result import EigenResult, check_basis_type, check_tolerance, finish
@@ -130,7 +131,7 @@ def lanczos(
         rows,
         seed,
         initial=None if initial is None else _start_vectors(initial, operator),
-        device=None if basis_device is None else _check_basis_device(basis_device),
+        device=None if basis_device is None else check_basis_device(call, basis_device),
         dtype=basis_dtype,
     )
     before = operator.readings
@@ -151,15 +152,6 @@ def lanczos(
             bar.update()
     result = dataclasses.replace(result, readings=operator.readings - before, notes=operator.notes)
     return finish(result, call=call, bound=tol * solver.scale, strict=strict)
-
-
-def _check_basis_device(device: torch.device | str) -> torch.device:
-    found = check_device("lanczos", device, "basis_device")
-    if found.type == "meta":
-        raise DeviceError(
-            "The 'basis_device' argument of lanczos is 'meta', which holds no numbers; use 'cpu'."
-        )
-    return found
 
 
 def _check_count(k: object, which: str, n: int) -> int | tuple[int, int]:
