@@ -12,7 +12,7 @@ from ..checks import check_integer
 from ..eigen.lanczos import LanczosSteps, Steps
 from ..eigen.result import EigenResult, check_tolerance
 from ..errors import ConvergenceWarning, NonFiniteError, warn
-from ..estimators.trace import BLOCK_BYTES
+from ..estimators.probes import BLOCK_BYTES
 from ..objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
 from ..progress import progress_bar
