@@ -31,7 +31,8 @@ from .errors import (
     ShapeError,
     StateMismatchError,
 )
-from .estimators.trace import TraceResult, trace
+from .estimators.diagonal import DiagonalResult, diagonal
+from .estimators.trace import BlockTrace, TraceResult, trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentTypeError",
+    "BlockTrace",
     "Comparison",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -58,6 +60,7 @@ __all__ = [
     "DataChangedError",
     "DeviceError",
     "DeviceMemoryError",
+    "DiagonalResult",
     "EigenResult",
     "EmptyDataError",
     "FiniteDifferenceWarning",
@@ -93,6 +96,7 @@ __all__ = [
     "TraceResult",
     "accuracy",
     "compare",
+    "diagonal",
     "epsilon_sharpness",
     "interpolate",
     "lanczos",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,27 +12,73 @@ from .sketch import STRIP, Sketch
 __all__ = ["deflated_blocks", "xdiag", "xtrace", "xtrace_blocks"]
 
 
-def xtrace(sketch: Sketch) -> Tensor:
-    """XTrace's estimates of the trace, one for each column of Ω, shape (t,).
+ENTRIES = 2048
+"""Of a diagonal, from which the correlation of its estimates is taken."""
 
-    With Qᵢ the basis without column ω of Ω, and x = (I − Qᵢ Qᵢᵀ) ω, it is
+
+def xtrace(sketch: Sketch) -> tuple[Tensor, float]:
+    """XTrace's estimates of the trace, one for each column of Ω, shape (t,), and their excess.
+
+    With Qᵢ the basis without column ω of Ω, and x = (I − Qᵢ Qᵢᵀ) ω, an estimate is
 
         tr(Qᵢᵀ A Qᵢ) + xᵀ A x · (n − rank Qᵢ) / ‖x‖²,
 
-    where ω is uniform on a sphere, and so is x (their section 2.2, with A = Aᵀ).
+    where ω is uniform on a sphere, and so is the direction of x (their section 2.3, for A = Aᵀ).
+
+    The estimates share their vectors, so that their spread alone tells too little of the error of
+    their mean. Let eᵢ be the error of estimate i, eᵢ₍ⱼ₎ the same with column j left out of the
+    basis as well, and dᵢⱼ = eᵢ − eᵢ₍ⱼ₎. Over vector i, all others given, both have the mean zero;
+    eᵢ₍ⱼ₎ does not depend on vector j. Of E eᵢ eⱼ therefore only E dᵢⱼ dⱼᵢ is left, and the mean of
+    dᵢⱼ dⱼᵢ over all pairs estimates the covariance without bias. The standard error of the mean is
+    that of independent estimates times the factor that comes back, which is 1 at least.
     """
-    r, h, w, s = sketch.factor, sketch.compressed, sketch.weights, sketch.left_out()
+    n, s = sketch.operator.shape[0], sketch.left_out()
+    h, r, w = sketch.compressed, sketch.factor, sketch.weights
     inside = w - s * _dots(s, w)
     forms = _dots(w, r) - 2 * _dots(inside, r) + _dots(inside, h @ inside)
-    return torch.trace(h) - _dots(s, h @ s) + forms * _resphered(sketch, s)
+    lengths = n - _dots(w, w) + _dots(s, w).square()
+    freedom = n - sketch.rank + s.square().sum(dim=0)
+    known = torch.trace(h) - _dots(s, h @ s)
+    single = known + forms * freedom / lengths
+    # For column i without j, in row j and column i, u is what sⱼ adds to sᵢ, of length one.
+    second = _Second(s)
+    height, form = second.height(w), second.form(h)
+    rest = forms + 2 * height * (second.height(r) - second.height(h @ inside)) + height**2 * form
+    pair = known - form + rest * (freedom + second.present) / (lengths + height**2)
+    return single, _excess(single, single - pair)
 
 
-def _resphered(sketch: Sketch, directions: Tensor) -> Tensor:
-    """(n − rank Qᵢ) / ‖x‖² for each column, shape (t,)."""
-    n, w = sketch.operator.shape[0], sketch.weights
-    lengths = n - _dots(w, w) + _dots(directions, w).square()
-    ranks = sketch.rank - directions.square().sum(dim=0)
-    return (n - ranks) / lengths
+class _Second:
+    """uⱼᵢ, the direction that a second column j adds to what the basis lacks without i.
+
+    Args:
+        directions: S, as the sketch gives it.
+    """
+
+    def __init__(self, directions: Tensor) -> None:
+        self._s = directions
+        self.overlap = directions.T @ directions
+        self.length = (1 - self.overlap.square()).clamp(min=1e-12).sqrt()
+        self.present = directions.square().sum(dim=0)[:, None].expand_as(self.overlap)
+
+    def height(self, vectors: Tensor) -> Tensor:
+        """uⱼᵢ · vᵢ for the columns of `vectors`, shape (t, t)."""
+        return (self._s.T @ vectors - self.overlap * _dots(self._s, vectors)) / self.length
+
+    def form(self, matrix: Tensor) -> Tensor:
+        """uⱼᵢᵀ M uⱼᵢ for a symmetric M, shape (t, t)."""
+        both = self._s.T @ matrix @ self._s
+        own = both.diagonal()
+        return (own[:, None] - 2 * self.overlap * both + self.overlap**2 * own) / self.length**2
+
+
+def _excess(samples: Tensor, differences: Tensor) -> float:
+    """√(1 + covariance / variance of the mean), from dᵢⱼ in row j and column i."""
+    count = len(samples)
+    differences = differences.clone().fill_diagonal_(0)
+    covariance = float((differences * differences.T).sum()) / (count * (count - 1))
+    variance = float(samples.var(correction=1)) / count
+    return math.sqrt(1 + max(covariance, 0.0) / variance) if variance > 0 else 1.0
 
 
 def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
@@ -44,7 +92,9 @@ def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
     inside = w - s * _dots(s, w)
     moved = r - h @ inside
     outside = r - (moved - s * _dots(s, moved))
-    scale = _resphered(sketch, s)
+    n = sketch.operator.shape[0]
+    lengths = n - _dots(w, w) + _dots(s, w).square()
+    scale = (n - sketch.rank + s.square().sum(dim=0)) / lengths
 
     def there(matrix: Tensor) -> Tensor:
         return matrix.T.contiguous().to(device, wide)
@@ -53,9 +103,7 @@ def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
     inner, outer, factor, scales = there(inside), there(outside), there(h), scale.to(device, wide)
     parts = []
     for strip in _pieces(sketch, sizes):
-        q = sketch.basis[:, strip].to(wide)
-        z = sketch.images[:, strip].to(wide)
-        omega = sketch.tests[:, strip].to(wide)
+        q, z, omega = (_part(rows, strip, wide) for rows in _vectors(sketch))
         missing = directions @ q
         # The diagonal of 2 P A − P A P, with P = Q (I − s sᵀ) Qᵀ.
         known = (q * (2 * z - factor @ q)).sum(dim=0)
@@ -76,26 +124,61 @@ def deflated_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
 
 
 def xdiag(sketch: Sketch) -> tuple[Tensor, Tensor]:
-    """Mean and variance over i of XDiag's estimates of the diagonal, both of shape (n,).
+    """XDiag's estimate of the diagonal, and its standard error but for Student's t, shape (n,).
 
     The estimate that leaves out column ω, of signs, is diag(Qᵢ Qᵢᵀ A) + ω ∘ (I − Qᵢ Qᵢᵀ) A ω
-    (their section 2.4), and A ω = Q Rᵢ lies outside of Qᵢ along one direction only.
+    (their section 2.4), and what lies outside of Qᵢ is one direction, since A ω = Q R. The factor
+    by which the spread is too small is that of `xtrace`, from a sample of the entries.
     """
-    count, wide = sketch.columns, _wide(sketch)
-    s = sketch.left_out()
-    device = sketch.basis.device
-    directions, heights = s.T.contiguous().to(device, wide), _dots(s, sketch.factor)
-    heights = heights.to(device, wide)[:, None]
-    mean = torch.empty(sketch.basis.shape[1], dtype=sketch.basis.dtype, device=device)
-    variance = torch.empty_like(mean)
-    for strip in _pieces(sketch, (len(mean),)):
-        q = sketch.basis[:, strip].to(wide)
-        z = sketch.images[:, strip].to(wide)
+    count, wide, s = sketch.columns, _wide(sketch), sketch.left_out()
+    device, n = sketch.basis.device, sketch.basis.shape[1]
+    directions = s.T.contiguous().to(device, wide)
+    heights = _dots(s, sketch.factor).to(device, wide)[:, None]
+    mean = torch.empty(n, dtype=sketch.basis.dtype, device=device)
+    error = torch.empty_like(mean)
+    for strip in _pieces(sketch, (n,)):
+        q, z, omega = (_part(rows, strip, wide) for rows in _vectors(sketch))
         missing = directions @ q
-        samples = missing * (heights * sketch.tests[:, strip].to(wide) - directions @ z)
+        samples = missing * (heights * omega - directions @ z)
         mean[strip] = ((q * z).sum(dim=0) + samples.mean(dim=0)).to(mean.dtype)
-        variance[strip] = samples.var(dim=0, correction=1).to(mean.dtype)
-    return mean, variance
+        error[strip] = (samples.std(dim=0, correction=1) / count**0.5).to(mean.dtype)
+    return mean, error * _xdiag_excess(sketch, s)
+
+
+def _xdiag_excess(sketch: Sketch, s: Tensor) -> float:
+    """By how much the spread of XDiag's estimates is too small, over some of the entries."""
+    count, n = sketch.columns, sketch.basis.shape[1]
+    chosen = torch.linspace(0, n - 1, min(n, ENTRIES)).long().to(sketch.basis.device)
+    q, z, omega = (rows[:, chosen].cpu().double() for rows in _vectors(sketch))
+    second = _Second(s)
+    reached = second.height(sketch.factor)
+    heights = _dots(s, sketch.factor)[:, None]
+    missing, moved = s.T @ q, s.T @ z
+    variance = (missing * (heights * omega - moved)).var(dim=0, correction=1).sum() / count
+    if float(variance) == 0:
+        return 1.0
+    total = 0.0
+    for i in range(count):
+        # Of i without j, for every j > i, and of j without i.
+        later = slice(i + 1, None)
+        g, nu = second.overlap[i, later, None], second.length[i, later, None]
+        one = (missing[later] - g * missing[i]) / nu
+        one_moved = (moved[later] - g * moved[i]) / nu
+        other = (missing[i] - g * missing[later]) / nu
+        other_moved = (moved[i] - g * moved[later]) / nu
+        here = one * (one_moved - reached[later, i, None] * omega[i])
+        there = other * (other_moved - reached[i, later, None] * omega[later])
+        total += 2 * float((here * there).sum())
+    covariance = total / (count * (count - 1))
+    return math.sqrt(1 + max(covariance, 0.0) / float(variance))
+
+
+def _vectors(sketch: Sketch) -> tuple[Tensor, Tensor, Tensor]:
+    return sketch.basis, sketch.images, sketch.tests
+
+
+def _part(rows: Tensor, strip: slice, dtype: torch.dtype) -> Tensor:
+    return rows[:, strip].to(dtype)
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

@@ -145,9 +145,14 @@ class Sketch:
         floor = torch.finfo(torch.float64).eps * float(sizes[0])
         directions = left @ (right / sizes.clamp(min=floor)[:, None])
         directions /= torch.linalg.vector_norm(directions, dim=0).clamp(min=1e-300)
-        # A column that the rows of `right` do not reproduce depends on the others.
-        needed = right.square().sum(dim=0) > 1 - 1e-6
-        return directions * needed
+        # The rows of `right` reproduce the unit vector of a column that no others replace.
+        return directions * (right.square().sum(dim=0) > 1 - 1e-12)
+
+    @property
+    def rounding(self) -> float:
+        """How far a trace may be off since products are rounded."""
+        size = self.rank**0.5 * float(torch.linalg.matrix_norm(self.compressed))
+        return 8 * torch.finfo(self.operator.dtype).eps * size
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:

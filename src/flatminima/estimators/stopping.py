@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
-__all__ = ["FIRST_LOOK", "looks", "settled"]
+from ..errors import ConvergenceError, ConvergenceWarning, warn
+from ..results import Outcome
+
+__all__ = ["FIRST_LOOK", "conclude", "ended", "looks", "settled"]
 
 FIRST_LOOK = 24
 """Products before the first look at the standard error."""
-GROWTH = 1.5
 CONFIDENCE = 0.95
 """With which the true standard error lies below the bound that is compared with `rtol`."""
 
 
-def looks(limit: int, growth: float = GROWTH) -> Iterator[int]:
-    """The counts of products after which the error is looked at, `limit` last.
+def looks(
+    limit: int, rtol: float | None, *, size: int | None = None, growth: float = 1.5
+) -> tuple[Iterator[int], bool]:
+    """After how many products to look at the error, and whether to compute all entries at last.
 
-    They grow by a factor, since each look is a chance to stop too early.
+    Args:
+        limit: the last count; the only one where `rtol` is None.
+        rtol: the counts grow by a factor, since each look is a chance to stop too early.
+        size: n, where n products with unit vectors may take the place of so many random ones.
+        growth: the factor.
 
     Examples:
-        >>> list(looks(100))
-        [24, 36, 54, 81, 100]
+        >>> list(looks(100, 0.1)[0]), list(looks(100, None)[0])
+        ([24, 36, 54, 81, 100], [100])
+        >>> counts, whole = looks(1000, 0.1, size=50)
+        >>> list(counts), whole
+        ([24, 36], True)
     """
-    count = FIRST_LOOK
-    while 1.2 * count < limit:
-        yield count
+    counts, count = [], FIRST_LOOK
+    while rtol is not None and 1.2 * count < limit:
+        counts.append(count)
         count = int(count * growth)
-    yield limit
+    counts.append(limit)
+    # With what was spent before it must remain within the limit.
+    whole = size is not None and size <= (limit if rtol is None else limit // 2)
+    return iter([c for c in counts if not whole or c < (size or 0)]), whole
 
 
 def settled(value: float, standard_error: float, samples: int, rtol: float) -> bool:
@@ -45,3 +60,37 @@ def settled(value: float, standard_error: float, samples: int, rtol: float) -> b
 
     bound = standard_error * math.sqrt((samples - 1) / float(chdtri(samples - 1, CONFIDENCE)))
     return bound <= rtol * (abs(value) - 2 * bound)
+
+
+def ended(*, exact: bool, done: bool, rtol: float | None) -> Outcome:
+    """How an estimate ended: `done` says whether the last look was good enough."""
+    if exact:
+        return Outcome.EXACT
+    if rtol is None:
+        return Outcome.COMPLETED
+    return Outcome.WITHIN_RTOL if done else Outcome.ABOVE_RTOL
+
+
+class _Ended(Protocol):
+    @property
+    def outcome(self) -> Outcome: ...
+
+    @property
+    def products(self) -> int: ...
+
+
+R = TypeVar("R", bound=_Ended)
+
+
+def conclude(call: str, result: R, found: str, rtol: float | None, *, strict: bool) -> R:
+    """`result`, after warning (or raising, when `strict`) if it stayed above `rtol`."""
+    if result.outcome is not Outcome.ABOVE_RTOL:
+        return result
+    message = (
+        f"{call}: the limit of {result.products} products came before the error was known to be "
+        f"within rtol={rtol:g}: {found}. Raise products= or rtol=."
+    )
+    if strict:
+        raise ConvergenceError(message, result)
+    warn(message, ConvergenceWarning)
+    return result

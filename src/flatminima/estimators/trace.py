@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_positive
-from ..errors import (
-    ConvergenceError,
-    ConvergenceWarning,
-    InvalidArgumentError,
-    warn,
-)
+from ..errors import InvalidArgumentError
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
@@ -25,9 +20,19 @@ from .leave_one_out import deflated_blocks, xtrace, xtrace_blocks
 from .probes import deflated_samples, diagonal_by_unit_vectors, spread
 from .sketch import Sketch
 from ..vectors import Layout
-from .stopping import FIRST_LOOK, looks, settled
+from .stopping import FIRST_LOOK, conclude, ended, looks, settled
 
-__all__ = ["BlockTrace", "TraceResult", "check_precision", "trace"]
+__all__ = [
+    "LEAST",
+    "LIMIT",
+    "PRODUCTS",
+    "SHOWN",
+    "SKETCH_BYTES",
+    "BlockTrace",
+    "TraceResult",
+    "check_precision",
+    "trace",
+]
 
 METHODS = ("auto", "hutchinson", "hutch++", "xtrace")
 SKETCH_BYTES = 2**30
@@ -151,11 +156,23 @@ _TITLES = {
 
 @dataclasses.dataclass
 class _Estimate:
-    """Samples of the trace, (count,), and of the traces of its blocks, (count, blocks)."""
+    """Samples of the trace, (count,), and of the traces of its blocks, (count, blocks).
+
+    Attributes:
+        excess: by which the standard error is larger than that of independent samples.
+        rounding: an error that every sample shares.
+    """
 
     method: str
     whole: Tensor
     blocks: Tensor
+    excess: float = 1.0
+    rounding: float = 0.0
+
+    def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard error of what has been sampled along the first axis."""
+        mean, error = spread(samples)
+        return mean, torch.hypot(error * self.excess, torch.tensor(self.rounding).double())
 
 
 class _Probing:
@@ -183,10 +200,11 @@ class _Probing:
 
     def deflated(self, counts: Iterator[int], sketch: Sketch | None) -> Iterator[_Estimate]:
         """Hutchinson's estimator of what lies outside of the sketch, and the rest exactly."""
-        known, total, project, method = torch.zeros(1), torch.zeros(1), None, "hutchinson"
-        if sketch is not None and sketch.rank:
+        known, total, rounding = torch.zeros(1), torch.zeros(1), 0.0
+        project, method = None, "hutchinson"
+        if sketch is not None and sketch.columns:
             known, total = deflated_blocks(sketch, self.sizes), torch.trace(sketch.compressed)
-            project, method = sketch.project, "hutch++"
+            project, method, rounding = sketch.project, "hutch++", sketch.rounding
         samples: list[Tensor] = []
         for count in counts:
             samples.append(
@@ -200,7 +218,7 @@ class _Probing:
                 )
             )
             found = torch.cat(samples)
-            yield _Estimate(method, found.sum(dim=1) + total, found + known)
+            yield _Estimate(method, found.sum(dim=1) + total, found + known, 1.0, rounding)
 
     def hutchpp(self, counts: Iterator[int], most: int) -> Iterator[_Estimate]:
         """A third of the products for a sketch, a third for its images, a third for the rest."""
@@ -222,10 +240,10 @@ class _Probing:
                 yield from self.deflated(itertools.chain((count,), counts), sketch)
                 return
             sketch.extend(count // 2 - sketch.columns)
-            whole = xtrace(sketch)
+            whole, excess = xtrace(sketch)
             several = len(self.sizes) > 1
             blocks = xtrace_blocks(sketch, self.sizes) if several else whole[:, None]
-            yield _Estimate("xtrace", whole, blocks)
+            yield _Estimate("xtrace", whole, blocks, excess, sketch.rounding)
 
 
 def trace(
@@ -257,18 +275,13 @@ def trace(
         probing = _Probing(operator, seed, bar.update)
         for estimate in _estimates(probing, method, limit, rtol):
             count = len(estimate.whole)
-            value, error = map(float, spread(estimate.whole))
+            value, error = map(float, estimate.of(estimate.whole))
             done = rtol is None or settled(value, error, count, rtol)
             if done:
                 break
             bar.set_postfix_str(f"± {error:.1e}", refresh=False)
-    if estimate.method == "exact":
-        outcome = Outcome.EXACT
-    elif rtol is None:
-        outcome = Outcome.COMPLETED
-    else:
-        outcome = Outcome.WITHIN_RTOL if done else Outcome.ABOVE_RTOL
-    tensors, modules = _blocks(operator.layout, estimate.blocks)
+    outcome = ended(exact=estimate.method == "exact", done=done, rtol=rtol)
+    tensors, modules = _blocks(operator.layout, estimate)
     result = TraceResult(
         value=value,
         standard_error=error,
@@ -281,17 +294,10 @@ def trace(
         readings=operator.readings - before,
         notes=operator.notes,
     )
-    if outcome is Outcome.ABOVE_RTOL:
-        message = (
-            f"trace: after {result.products} products the trace is {value:.4g} with a standard "
-            f"error of {error:.2g}, which is not yet known to be within rtol={rtol:g} of it. Raise "
-            "products= or rtol=; where positive and negative eigenvalues cancel, no relative error "
-            "may be within reach."
-        )
-        if strict:
-            raise ConvergenceError(message, result)
-        warn(message, ConvergenceWarning)
-    return result
+    found = f"the trace is {value:.4g} with a standard error of {error:.2g}"
+    if abs(value) < 5 * error:
+        found += ", too close to zero for a relative error"
+    return conclude(call, result, found, rtol, strict=strict)
 
 
 def check_precision(call: str, operator: LinearOperator) -> None:
@@ -320,12 +326,12 @@ def _estimates(
         short = limit < LEAST or torch.finfo(operator.dtype).bits < 32
         fits = room // 3 >= (limit if rtol is None else FIRST_LOOK) // 2
         method = "hutchinson" if short else "xtrace" if fits else "hutch++"
-    counts = iter((limit,))
-    if rtol is not None:
-        counts = looks(limit, 2.0 if method == "hutch++" else 1.5)
-    whole = method != "hutchinson" and n <= (limit if rtol is None else limit // 2)
-    if whole:
-        counts = itertools.takewhile(lambda count: count < n, counts)
+    counts, whole = looks(
+        limit,
+        rtol,
+        size=None if method == "hutchinson" else n,
+        growth=2.0 if method == "hutch++" else 1.5,
+    )
     if method == "hutchinson":
         yield from probing.deflated(counts, None)
     elif method == "hutch++":
@@ -337,7 +343,7 @@ def _estimates(
 
 
 def _blocks(
-    layout: Layout | None, samples: Tensor
+    layout: Layout | None, estimate: _Estimate
 ) -> tuple[tuple[BlockTrace, ...], tuple[BlockTrace, ...]]:
     """The traces of the tensors and of the modules that own them."""
     if layout is None:
@@ -349,8 +355,8 @@ def _blocks(
     modules = [(positions, name) for name, positions in owners.items()]
     found = []
     for groups in (tensors, modules):
-        sums = torch.stack([samples[:, positions].sum(dim=1) for positions, _ in groups], dim=1)
-        values, errors = spread(sums)
+        columns = [estimate.blocks[:, positions].sum(dim=1) for positions, _ in groups]
+        values, errors = estimate.of(torch.stack(columns, dim=1))
         found.append(
             tuple(
                 BlockTrace(name, sum(layout.sizes[p] for p in positions), value, error)
