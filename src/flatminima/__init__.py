@@ -32,7 +32,8 @@ from .errors import (
     StateMismatchError,
 )
 from .estimators.diagonal import DiagonalResult, diagonal
-from .estimators.trace import BlockTrace, TraceResult, trace
+from .estimators.result import BlockTrace, TraceResult
+from .estimators.trace import trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise

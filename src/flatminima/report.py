@@ -13,7 +13,8 @@ from .checks import check_choice, check_integer
 from .eigen.lanczos import lanczos
 from .eigen.result import EigenResult
 from .errors import ArgumentTypeError
-from .estimators.trace import TraceResult, trace
+from .estimators.result import TraceResult
+from .estimators.trace import trace
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, random_sharpness
 from .modules import drops

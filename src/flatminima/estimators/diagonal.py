@@ -18,9 +18,9 @@ from ..randomness import Seed, as_generator, rademacher
 from ..results import Outcome, Result, Table, format_number, reading_notes
 from .leave_one_out import xdiag
 from .probes import blocks, diagonal_by_unit_vectors, t_factor
-from .sketch import Sketch
-from .stopping import FIRST_LOOK, conclude, ended, looks, settled
-from .trace import LEAST, LIMIT, PRODUCTS, SHOWN, SKETCH_BYTES, check_precision
+from .result import SHOWN
+from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
+from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, conclude, ended, looks, settled
 
 __all__ = ["DiagonalResult", "diagonal"]
 
@@ -139,7 +139,50 @@ def diagonal(
     seed: Seed = 0,
     progress: bool = True,
 ) -> DiagonalResult:
-    """TODO"""
+    """The diagonal from products with random vectors, each entry with its standard error.
+
+    - "hutchinson": the mean of z ∘ A z over Rademacher vectors z (Bekas, Kokiopoulou and Saad
+      2007, doi:10.1016/j.apnum.2007.01.003). The variance of entry i is Σ_{j≠i} A_ij² / products.
+      It keeps two vectors.
+    - "xdiag" (Epperly, Tropp and Webber 2024, arXiv:2301.07825, section 2.4): half of the products
+      for a basis of where A is large, half for its images; each random vector in turn is left out
+      of the basis and tests the rest. It keeps 3/2 `products` vectors of length n.
+    - "exact": as the operator knows it, or n products with unit vectors.
+    - "auto": exact where the operator knows its diagonal, or n is no more than `products`;
+      otherwise "xdiag" where its vectors fit into 1 GiB, and "hutchinson" where they do not.
+
+    Args:
+        operator: symmetric. "xdiag" needs float32 or float64.
+        method: see above.
+        products: number of products in all, 100 unless told; 2 at least, and 4 for "xdiag". With
+            `rtol` the limit, 1000 unless told. For "exact" the limit on n, 10 000 unless told.
+        rtol: the standard error that is wanted, ‖errors‖ / ‖values‖ in the Euclidean norm;
+            looked at by the rule of [`trace`][flatminima.trace].
+        strict: raise instead of warn when the limit comes before `rtol` is reached.
+        seed: of the random vectors.
+        progress: show a bar if it takes long.
+
+    Returns:
+        The entries and their standard errors, as vectors and by parameter tensor.
+
+    Raises:
+        InvalidArgumentError: an unknown method, too few products, `rtol` ≤ 0, "xdiag" in half
+            precision, or "exact" with more products than allowed.
+        NonFiniteError: a product holds NaN or infinity.
+        DeviceMemoryError: the vectors that "xdiag" keeps do not fit.
+        ConvergenceError: with `strict`, when the limit is reached.
+
+    Warns:
+        ConvergenceWarning: the limit came before the error was within `rtol`.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> factor = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+        >>> operator = fm.FunctionOperator(lambda v: factor @ (factor.T @ v), 1000)
+        >>> result = fm.diagonal(operator, products=20)  # exact, since the rank is 3
+        >>> bool(torch.allclose(result.values, factor.square().sum(dim=1), atol=1e-3))
+        True
+    """
     call = "diagonal"
     check_operator(call, operator)
     check_choice(call, "method", method, METHODS)
@@ -270,5 +313,6 @@ def _xdiag(
     for count in counts:
         sketch.extend(count // 2 - sketch.columns)
         values, errors = xdiag(sketch)
-        errors = torch.hypot(errors * t_factor(sketch.columns), errors.new_tensor(sketch.rounding))
+        rounding = sketch.rounding / math.sqrt(operator.shape[0])
+        errors = torch.hypot(errors * t_factor(sketch.columns), errors.new_tensor(rounding))
         yield _Estimate("xdiag", values, errors, sketch.columns)

@@ -63,7 +63,7 @@ def t_factor(samples: int) -> float:
 def spread(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard error of the samples along the first axis, in float64.
 
-    A single sample is exact. The standard error is widened by [`t_factor`][flatminima.estimators.probes.t_factor].
+    A single sample is exact. The standard error is widened by `t_factor`.
     """
     count = len(samples)
     if count == 1:

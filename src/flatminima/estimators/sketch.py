@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..errors import DeviceMemoryError
+from ..errors import DeviceMemoryError, InvalidArgumentError
 from ..failures import is_out_of_memory
 from ..operators.linear import LinearOperator
 from ..randomness import rademacher
 from .probes import products_of
 
-__all__ = ["Sketch"]
+__all__ = ["LEAST", "SKETCH_BYTES", "STRIP", "Sketch", "check_precision"]
 
 STRIP = 2**22
 """Entries of a matrix that are worked on at a time in float64."""
+SKETCH_BYTES = 2**30
+"""Of the vectors that a sketch keeps unless it is asked for. A fixed number, so that a call gives
+the same result whatever memory happens to be free."""
+LEAST = 4
+"""Products for a sketch and an error."""
+
+
+def check_precision(call: str, operator: LinearOperator) -> None:
+    """Refuse vectors in which no basis can be orthonormal."""
+    if torch.finfo(operator.dtype).bits < 32:
+        raise InvalidArgumentError(
+            f"The 'method' argument of {call} must be 'hutchinson' for products in "
+            f"{operator.dtype}: a sketch needs float32 or float64."
+        )
 
 
 class Sketch:
@@ -53,21 +68,20 @@ class Sketch:
     ) -> None:
         self.operator, self._generator, self._step = operator, generator, step
         self._signs, self._keep = signs, keep
-        like = {"dtype": operator.dtype, "device": operator.device}
-        n = operator.shape[0]
-        self.tests, self.basis, self.images = (torch.empty(0, n, **like) for _ in range(3))
+        none = torch.empty(0, operator.shape[0], dtype=operator.dtype, device=operator.device)
+        self.tests, self.basis, self.images = none, none, none
         empty = torch.empty(0, 0, dtype=torch.float64)
         self.factor, self.compressed, self.weights = empty, empty, empty
         self._scale = 0.0
 
     @property
     def rank(self) -> int:
-        """r."""
+        """R."""
         return len(self.basis)
 
     @property
     def columns(self) -> int:
-        """t."""
+        """T."""
         return self.factor.shape[1]
 
     def extend(self, count: int) -> None:
@@ -143,16 +157,17 @@ class Sketch:
             return torch.zeros_like(self.factor)
         left, sizes, right = torch.linalg.svd(self.factor, full_matrices=False)
         floor = torch.finfo(torch.float64).eps * float(sizes[0])
-        directions = left @ (right / sizes.clamp(min=floor)[:, None])
+        directions: Tensor = left @ (right / sizes.clamp(min=floor)[:, None])
         directions /= torch.linalg.vector_norm(directions, dim=0).clamp(min=1e-300)
         # The rows of `right` reproduce the unit vector of a column that no others replace.
-        return directions * (right.square().sum(dim=0) > 1 - 1e-12)
+        needed: Tensor = right.square().sum(dim=0) > 1 - 1e-12
+        return directions.mul_(needed)
 
     @property
     def rounding(self) -> float:
         """How far a trace may be off since products are rounded."""
-        size = self.rank**0.5 * float(torch.linalg.matrix_norm(self.compressed))
-        return 8 * torch.finfo(self.operator.dtype).eps * size
+        size = math.sqrt(self.rank) * float(torch.linalg.matrix_norm(self.compressed))
+        return 8 * float(torch.finfo(self.operator.dtype).eps) * size
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
@@ -164,14 +179,14 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 
 
 def subtract(rows: Tensor, coefficients: Tensor, basis: Tensor) -> None:
-    """rows −= coefficientsᵀ basis, in place; shapes (k, n), (r, k) and (r, n)."""
+    """Rows −= coefficientsᵀ basis, in place; shapes (k, n), (r, k) and (r, n)."""
     small = coefficients.T.to(basis.device, _wide(basis))
     for strip in _strips(rows, basis):
         rows[:, strip] -= (small @ basis[:, strip].to(small.dtype)).to(rows.dtype)
 
 
 def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
-    """coefficients @ rows, shapes (a, k) and (k, n)."""
+    """Coefficients @ rows, shapes (a, k) and (k, n)."""
     out = rows.new_zeros(len(coefficients), rows.shape[1])
     subtract(out, -coefficients.T, rows)
     return out

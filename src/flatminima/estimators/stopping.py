@@ -9,8 +9,12 @@ from typing import Protocol, TypeVar
 from ..errors import ConvergenceError, ConvergenceWarning, warn
 from ..results import Outcome
 
-__all__ = ["FIRST_LOOK", "conclude", "ended", "looks", "settled"]
+__all__ = ["FIRST_LOOK", "LIMIT", "PRODUCTS", "conclude", "ended", "looks", "settled"]
 
+PRODUCTS = 100
+"""Unless told."""
+LIMIT = 1000
+"""With `rtol`, unless told."""
 FIRST_LOOK = 24
 """Products before the first look at the standard error."""
 CONFIDENCE = 0.95

@@ -11,147 +11,19 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_positive
-from ..errors import InvalidArgumentError
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
-from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..vectors import Layout
 from .leave_one_out import deflated_blocks, xtrace, xtrace_blocks
 from .probes import deflated_samples, diagonal_by_unit_vectors, spread
-from .sketch import Sketch
-from ..vectors import Layout
-from .stopping import FIRST_LOOK, conclude, ended, looks, settled
+from .result import BlockTrace, TraceResult
+from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
+from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, conclude, ended, looks, settled
 
-__all__ = [
-    "LEAST",
-    "LIMIT",
-    "PRODUCTS",
-    "SHOWN",
-    "SKETCH_BYTES",
-    "BlockTrace",
-    "TraceResult",
-    "check_precision",
-    "trace",
-]
+__all__ = ["trace"]
 
 METHODS = ("auto", "hutchinson", "hutch++", "xtrace")
-SKETCH_BYTES = 2**30
-"""Of the vectors that `method="auto"` keeps. A fixed number, so that a call gives the same result
-on every machine, whatever memory is free there."""
-LEAST = 4
-"""Products, for a sketch and an error."""
-PRODUCTS = 100
-LIMIT = 1000
-"""Products at most with `rtol`."""
-SHOWN = 12
-"""Modules in a table."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class BlockTrace(Result):
-    """The trace of the diagonal block that belongs to a parameter tensor or a module.
-
-    Attributes:
-        name: of the tensor or the module; "" for the model's own tensors.
-        size: number of its parameters.
-        value: the trace of the block.
-        standard_error: of `value`.
-
-    Examples:
-        >>> import torch, flatminima as fm
-        >>> model = torch.nn.Linear(2, 1)
-        >>> objective = fm.Objective(model, torch.nn.MSELoss(), (torch.eye(2), torch.ones(2, 1)))
-        >>> [(b.name, round(b.value, 3)) for b in fm.trace(fm.HessianOperator(objective)).tensors]
-        [('weight', 2.0), ('bias', 2.0)]
-    """
-
-    name: str
-    size: int
-    value: float
-    standard_error: float
-
-    def _table(self) -> Table:
-        return Table(_HEADER, (_row(self),))
-
-
-_HEADER = ("quantity", "value", "standard error")
-
-
-def _row(block: BlockTrace) -> tuple[str, ...]:
-    return (
-        block.name or "(the model's own)",
-        format_number(block.value),
-        format_number(block.standard_error, 2),
-    )
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TraceResult(Result):
-    """An estimate of a trace.
-
-    Attributes:
-        value: tr A.
-        standard_error: of `value`, from the spread of the samples. It is widened by Student's t
-            where they are few, so that `value` ± 2 `standard_error` covers tr A in about 95 % of
-            the cases. 0 where the value is exact up to rounding.
-        size: n; the mean eigenvalue is `value / size`.
-        products: with the operator, all of them.
-        outcome: completed, exact, or how the search for `rtol` ended.
-        method: "hutchinson", "hutch++", "xtrace" or "exact".
-        tensors: the trace of the diagonal block of each parameter tensor, from the same products;
-            empty for an operator that knows of no parameters. They add up to `value`.
-        modules: the same for the modules that own the tensors.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
-        notes: what a reader should know about how it was computed.
-
-    Examples:
-        >>> import torch, flatminima as fm
-        >>> operator = fm.FunctionOperator(lambda v: 2 * v, 1000)
-        >>> result = fm.trace(operator, method="hutchinson", products=5)
-        >>> result.value, result.standard_error, result.products
-        (2000.0, 0.0, 5)
-    """
-
-    value: float
-    standard_error: float
-    size: int
-    products: int
-    outcome: Outcome
-    method: str = "hutchinson"
-    tensors: tuple[BlockTrace, ...] = ()
-    modules: tuple[BlockTrace, ...] = ()
-    readings: int = 0
-    notes: tuple[str, ...] = ()
-
-    def _table(self) -> Table:
-        mean = self.value / self.size, self.standard_error / self.size
-        rows = [
-            ("trace", format_number(self.value), format_number(self.standard_error, 2)),
-            ("mean eigenvalue", format_number(mean[0]), format_number(mean[1], 2)),
-        ]
-        largest = sorted(self.modules, key=lambda block: -abs(block.value))[:SHOWN]
-        shown = [block for block in self.modules if block in largest]
-        rows += [_row(block) for block in shown] if len(self.modules) > 1 else []
-        hidden = len(self.modules) - len(shown)
-        return Table(
-            header=_HEADER,
-            rows=tuple(rows),
-            title=f"Trace by {_TITLES[self.method]}, {self.products} products",
-            notes=(
-                self.outcome.value,
-                *((f"{hidden} modules with smaller traces are in `modules`.",) if hidden else ()),
-                *reading_notes(self.readings),
-                *self.notes,
-            ),
-        )
-
-
-_TITLES = {
-    "hutchinson": "Hutchinson's estimator",
-    "hutch++": "Hutch++",
-    "xtrace": "XTrace",
-    "exact": "its diagonal",
-}
 
 
 @dataclasses.dataclass
@@ -178,9 +50,7 @@ class _Estimate:
 class _Probing:
     """An operator, its blocks, and the products that have been taken with it."""
 
-    def __init__(
-        self, operator: LinearOperator, seed: Seed, tell: Callable[[int], object]
-    ) -> None:
+    def __init__(self, operator: LinearOperator, seed: Seed, tell: Callable[[int], object]) -> None:
         self.operator, self.spent, self._tell = operator, 0, tell
         self.generator = as_generator(seed, operator.device)
         layout = operator.layout
@@ -194,7 +64,9 @@ class _Probing:
         return Sketch(self.operator, self.generator, signs=not keep, keep=keep, step=self.step)
 
     def exact(self, diagonal: Tensor) -> _Estimate:
-        parts = torch.split(diagonal.double() if diagonal.device.type != "mps" else diagonal, list(self.sizes))
+        parts = torch.split(
+            diagonal.double() if diagonal.device.type != "mps" else diagonal, list(self.sizes)
+        )
         blocks = torch.stack([part.sum() for part in parts]).cpu().double()[None]
         return _Estimate("exact", blocks.sum(dim=1), blocks)
 
@@ -256,7 +128,65 @@ def trace(
     seed: Seed = 0,
     progress: bool = True,
 ) -> TraceResult:
-    """TODO"""
+    """The trace from products with random vectors, with its standard error.
+
+    - "hutchinson": the mean of zᵀ A z over Rademacher vectors z (Hutchinson 1989), with variance
+      2 (‖A‖_F² − Σ A_ii²) / products. It keeps no vectors.
+    - "hutch++" (Meyer et al. 2021, arXiv:2010.09649, algorithm 1): a third of the products finds
+      a basis Q of where A is large, a third gives tr(Qᵀ A Q), and the last third is Hutchinson's
+      estimator of what lies outside. It keeps 2/3 `products` vectors of length n.
+    - "xtrace" (Epperly, Tropp and Webber 2024, arXiv:2301.07825, section 2): half of the products
+      for a basis, half for its images; each random vector in turn is left out of the basis and
+      tests the rest. Vectors are uniform on a sphere, and what is left of them outside of the
+      basis is brought back to its length. It keeps 3/2 `products` vectors of length n.
+    - "auto": the diagonal where the operator knows it; all n products with unit vectors where
+      that is no more than `products`; otherwise "xtrace" where its vectors fit into 1 GiB, and
+      "hutch++" with as many vectors as do where they do not.
+
+    With `rtol` it goes on until the relative error is within it. Looks are taken after 24
+    products, then 1.5 times as many (twice with "hutch++"), and so on. At a look, U is the
+    standard error's upper 95 % confidence limit by the χ² distribution, and the search ends when
+    U ≤ rtol · (|value| − 2 U): neither a standard error that is small by chance nor a value that
+    is large by chance ends it early. A trace that cannot be told from zero has no relative
+    error; the search then goes on to its limit, and says so.
+
+    Args:
+        operator: symmetric. "hutch++" and "xtrace" need float32 or float64.
+        method: see above. Where n is no more than `products`, "hutch++" and "xtrace" take n
+            products with unit vectors, and the result is exact.
+        products: number of products in all, 100 unless told; 2 at least, and 4 for "hutch++" and
+            "xtrace". With `rtol` the limit, 1000 unless told.
+        rtol: the relative standard error that is wanted.
+        strict: raise instead of warn when the limit comes before `rtol` is reached.
+        seed: of the random vectors.
+        progress: show a bar if it takes long.
+
+    Returns:
+        The estimate with its standard error; for operators of a model also the trace of the
+        diagonal block of each parameter tensor and of each module, from the same products.
+
+    Raises:
+        InvalidArgumentError: an unknown method, too few products, `rtol` ≤ 0, or a sketch in half
+            precision.
+        NonFiniteError: a product holds NaN or infinity.
+        DeviceMemoryError: the vectors that "hutch++" or "xtrace" keep do not fit.
+        ConvergenceError: with `strict`, when the limit is reached.
+
+    Warns:
+        ConvergenceWarning: the limit came before the error was within `rtol`.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> values = 1 / torch.arange(1.0, 2001.0).double() ** 2
+        >>> operator = fm.FunctionOperator(lambda v: values * v, 2000, dtype=torch.float64)
+        >>> result = fm.trace(operator, products=60)
+        >>> abs(result.value - float(values.sum())) < 3 * result.standard_error < 0.02
+        True
+        >>> fm.trace(operator, rtol=0.01).outcome.brief
+        'within rtol'
+        >>> fm.trace(fm.MatrixOperator(torch.diag(torch.tensor([1.0, 2.0])))).outcome.brief
+        'exact'
+    """
     call = "trace"
     check_operator(call, operator)
     check_choice(call, "method", method, METHODS)
@@ -298,15 +228,6 @@ def trace(
     if abs(value) < 5 * error:
         found += ", too close to zero for a relative error"
     return conclude(call, result, found, rtol, strict=strict)
-
-
-def check_precision(call: str, operator: LinearOperator) -> None:
-    """Refuse vectors in which no basis can be orthonormal."""
-    if torch.finfo(operator.dtype).bits < 32:
-        raise InvalidArgumentError(
-            f"The 'method' argument of {call} must be 'hutchinson' for products in "
-            f"{operator.dtype}: a sketch needs float32 or float64."
-        )
 
 
 def _estimates(
