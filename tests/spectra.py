@@ -5,19 +5,24 @@ from __future__ import annotations
 import torch
 
 import flatminima as fm
+from flatminima.vectors import Layout
 from zoo import matrix_with_spectrum
 
 SIZE = 150
 
 
-def hidden(matrix: torch.Tensor) -> fm.LinearOperator:
-    """The matrix, without its diagonal being known."""
+def hidden(matrix: torch.Tensor, layout: Layout | None = None) -> fm.LinearOperator:
+    """The matrix, without its diagonal being known; `layout` names its rows."""
 
     class Hidden(fm.LinearOperator):
         def __init__(self) -> None:
             super().__init__(len(matrix), matrix.dtype, matrix.device)
             self.multiplied = 0
             self.heights: list[int] = []
+
+        @property
+        def layout(self) -> Layout | None:
+            return layout
 
         def _products(self, vectors: torch.Tensor) -> torch.Tensor:
             self.multiplied += len(vectors)

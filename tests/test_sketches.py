@@ -231,5 +231,7 @@ def test_memory_that_runs_out_is_told_with_the_way_out(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sketch, "products_of", fail)
-    with pytest.raises(fm.DeviceMemoryError, match=r"sketch with 5 vectors of length 150.*products="):
+    with pytest.raises(
+        fm.DeviceMemoryError, match=r"sketch with 5 vectors of length 150.*products="
+    ):
         sketched(MATRICES["flat"], 5)

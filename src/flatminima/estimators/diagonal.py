@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, check_positive
+from ..checks import check_choice, check_integer
 from ..errors import InvalidArgumentError
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
@@ -20,7 +20,7 @@ from .leave_one_out import xdiag
 from .probes import blocks, diagonal_by_unit_vectors, t_factor
 from .result import SHOWN
 from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
-from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, conclude, ended, looks, settled
+from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, check_rtol, conclude, ended, looks, settled
 
 __all__ = ["DiagonalResult", "diagonal"]
 
@@ -166,8 +166,8 @@ def diagonal(
         The entries and their standard errors, as vectors and by parameter tensor.
 
     Raises:
-        InvalidArgumentError: an unknown method, too few products, `rtol` ≤ 0, "xdiag" in half
-            precision, or "exact" with more products than allowed.
+        InvalidArgumentError: an unknown method, too few products, `rtol` outside (0, 1),
+            "xdiag" in half precision, or "exact" with more products than allowed.
         NonFiniteError: a product holds NaN or infinity.
         DeviceMemoryError: the vectors that "xdiag" keeps do not fit.
         ConvergenceError: with `strict`, when the limit is reached.
@@ -188,8 +188,7 @@ def diagonal(
     check_choice(call, "method", method, METHODS)
     if products is not None:
         check_integer(call, "products", products, low=LEAST if method == "xdiag" else 2)
-    if rtol is not None:
-        rtol = check_positive(call, "rtol", rtol)
+    rtol = check_rtol(call, rtol)
     if method == "xdiag":
         check_precision(call, operator)
     limit = (PRODUCTS if rtol is None else LIMIT) if products is None else products

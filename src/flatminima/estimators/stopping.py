@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
-from ..errors import ConvergenceError, ConvergenceWarning, warn
+from ..checks import check_positive
+from ..errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError, warn
 from ..results import Outcome
 
-__all__ = ["FIRST_LOOK", "LIMIT", "PRODUCTS", "conclude", "ended", "looks", "settled"]
+__all__ = ["FIRST_LOOK", "LIMIT", "PRODUCTS", "check_rtol", "conclude", "ended", "looks", "settled"]
 
 PRODUCTS = 100
 """Unless told."""
@@ -22,7 +23,12 @@ CONFIDENCE = 0.95
 
 
 def looks(
-    limit: int, rtol: float | None, *, size: int | None = None, growth: float = 1.5
+    limit: int,
+    rtol: float | None,
+    *,
+    size: int | None = None,
+    first: int = FIRST_LOOK,
+    growth: float = 1.5,
 ) -> tuple[Iterator[int], bool]:
     """After how many products to look at the error, and whether to compute all entries at last.
 
@@ -30,6 +36,7 @@ def looks(
         limit: the last count; the only one where `rtol` is None.
         rtol: the counts grow by a factor, since each look is a chance to stop too early.
         size: n, where n products with unit vectors may take the place of so many random ones.
+        first: the first count.
         growth: the factor.
 
     Examples:
@@ -39,7 +46,7 @@ def looks(
         >>> list(counts), whole
         ([24, 36], True)
     """
-    counts, count = [], FIRST_LOOK
+    counts, count = [], first
     while rtol is not None and 1.2 * count < limit:
         counts.append(count)
         count = int(count * growth)
@@ -47,6 +54,19 @@ def looks(
     # With what was spent before it must remain within the limit.
     whole = size is not None and size <= (limit if rtol is None else limit // 2)
     return iter([c for c in counts if not whole or c < (size or 0)]), whole
+
+
+def check_rtol(call: str, rtol: float | None) -> float | None:
+    """`rtol` when it says something: from one on, the sign is not even known."""
+    if rtol is None:
+        return None
+    checked = check_positive(call, "rtol", rtol)
+    if checked >= 1:
+        raise InvalidArgumentError(
+            f"The 'rtol' argument of {call} must be below 1, where the error is as large as the "
+            f"value; got {rtol!r}."
+        )
+    return checked
 
 
 def settled(value: float, standard_error: float, samples: int, rtol: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, check_positive
+from ..checks import check_choice, check_integer
 from ..operators.linear import LinearOperator, check_operator
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
@@ -19,7 +19,7 @@ from .leave_one_out import deflated_blocks, xtrace, xtrace_blocks
 from .probes import deflated_samples, diagonal_by_unit_vectors, spread
 from .result import BlockTrace, TraceResult
 from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
-from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, conclude, ended, looks, settled
+from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, check_rtol, conclude, ended, looks, settled
 
 __all__ = ["trace"]
 
@@ -144,7 +144,8 @@ def trace(
       "hutch++" with as many vectors as do where they do not.
 
     With `rtol` it goes on until the relative error is within it. Looks are taken after 24
-    products, then 1.5 times as many (twice with "hutch++"), and so on. At a look, U is the
+    products, then 1.5 times as many, and so on (with "hutch++", of whose products only some are
+    samples, after 48 and then twice as many). At a look, U is the
     standard error's upper 95 % confidence limit by the χ² distribution, and the search ends when
     U ≤ rtol · (|value| − 2 U): neither a standard error that is small by chance nor a value that
     is large by chance ends it early. A trace that cannot be told from zero has no relative
@@ -166,8 +167,8 @@ def trace(
         diagonal block of each parameter tensor and of each module, from the same products.
 
     Raises:
-        InvalidArgumentError: an unknown method, too few products, `rtol` ≤ 0, or a sketch in half
-            precision.
+        InvalidArgumentError: an unknown method, too few products, `rtol` outside (0, 1), or a
+            sketch in half precision.
         NonFiniteError: a product holds NaN or infinity.
         DeviceMemoryError: the vectors that "hutch++" or "xtrace" keep do not fit.
         ConvergenceError: with `strict`, when the limit is reached.
@@ -192,8 +193,7 @@ def trace(
     check_choice(call, "method", method, METHODS)
     if products is not None:
         check_integer(call, "products", products, low=2 if method in METHODS[:2] else LEAST)
-    if rtol is not None:
-        rtol = check_positive(call, "rtol", rtol)
+    rtol = check_rtol(call, rtol)
     if method not in METHODS[:2]:
         check_precision(call, operator)
     limit = (PRODUCTS if rtol is None else LIMIT) if products is None else products
@@ -251,6 +251,7 @@ def _estimates(
         limit,
         rtol,
         size=None if method == "hutchinson" else n,
+        first=2 * FIRST_LOOK if method == "hutch++" else FIRST_LOOK,
         growth=2.0 if method == "hutch++" else 1.5,
     )
     if method == "hutchinson":
