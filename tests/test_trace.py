@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from scipy import special
 from torch import nn
 
 import flatminima as fm
@@ -73,9 +74,8 @@ def test_value_and_error_are_mean_and_widened_standard_error_of_the_samples(prod
 
 @pytest.mark.parametrize("samples", [2, 5, 30, 1000])
 def test_widening_is_that_of_students_t(samples):
-    stats = pytest.importorskip("scipy.stats")
-    covered = stats.t.cdf(2 * t_factor(samples), samples - 1)
-    assert covered == pytest.approx(stats.norm.cdf(2), abs=1e-9)
+    covered = special.stdtr(samples - 1, 2 * t_factor(samples))
+    assert covered == pytest.approx(special.ndtr(2), abs=1e-9)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7, 100])
@@ -367,7 +367,7 @@ def test_where_the_sketch_may_grow_no_further_the_rest_is_sampled(monkeypatch):
     exact = float(matrix.trace())
     errors = []
     for seed in range(100):
-        result = fm.trace(hidden(matrix), rtol=0.002, products=3000, seed=seed, progress=False)
+        result = fm.trace(hidden(matrix), rtol=0.004, products=299, seed=seed, progress=False)
         assert (result.method, result.outcome) == ("hutch++", fm.Outcome.WITHIN_RTOL)
         errors.append([result.value - exact, result.standard_error])
     assert 0.88 <= inside(*torch.tensor(errors).double().T) <= 1

@@ -114,6 +114,8 @@ CALLS = {
     "lanczos": lambda b: fm.lanczos(b.operator, max_products=2),
     "power_iteration": lambda b: fm.power_iteration(b.operator, max_products=2),
     "trace": lambda b: fm.trace(b.operator, products=2),
+    "trace by XTrace": lambda b: fm.trace(b.operator, method="xtrace", products=4),
+    "diagonal": lambda b: fm.diagonal(b.operator, products=2),
     "epsilon_sharpness": lambda b: fm.epsilon_sharpness(b.objective, iterations=1),
     "epsilon_sharpness in a subspace": lambda b: fm.epsilon_sharpness(
         b.objective, iterations=1, subspace=2
