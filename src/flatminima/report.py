@@ -218,7 +218,7 @@ def sharpness(
         measures: which to take, of "gradient_norm", "epsilon_sharpness", "random_sharpness",
             "eigenvalues" and "trace"; all of them unless told. The loss is always there.
         eigenvalues: how many of the largest.
-        trace_products: samples for the trace.
+        trace_products: products for the trace.
         samples: random perturbations of each parameter tensor.
         params: as in [`Objective`][flatminima.Objective].
         weight: as in [`Objective`][flatminima.Objective].

@@ -143,7 +143,7 @@ def trace(
       that is no more than `products`; otherwise "xtrace" where its vectors fit into 1 GiB, and
       "hutch++" with as many vectors as do where they do not.
 
-    With `rtol` it goes on until the relative error is within it. Looks are taken after 24
+    With `rtol` it goes on until the relative standard error is within it. Looks are taken after 24
     products, then 1.5 times as many, and so on (with "hutch++", of whose products only some are
     samples, after 48 and then twice as many). At a look, U is the
     standard error's upper 95 % confidence limit by the χ² distribution, and the search ends when
