@@ -12,7 +12,7 @@ from ..errors import DeviceMemoryError, InvalidArgumentError
 from ..failures import is_out_of_memory
 from ..operators.linear import LinearOperator
 from ..randomness import rademacher
-from .probes import products_of
+from .probes import blocks, products_of
 
 __all__ = ["LEAST", "SKETCH_BYTES", "STRIP", "Sketch", "check_precision"]
 
@@ -137,7 +137,11 @@ class Sketch:
         operator, generator = self.operator, self._generator
         n, dtype, device = operator.shape[0], operator.dtype, operator.device
         if self._signs:
-            return rademacher(count, n, generator, dtype=dtype, device=device)
+            signs = torch.empty(count, n, dtype=dtype, device=device)
+            for block in blocks(operator, count):
+                rows = block.stop - block.start
+                signs[block] = rademacher(rows, n, generator, dtype=dtype, device=device)
+            return signs
         draw = torch.randn(count, n, generator=generator, device=generator.device, dtype=dtype)
         return torch.nn.functional.normalize(draw.to(device), dim=1).mul_(n**0.5)
 
