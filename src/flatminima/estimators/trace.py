@@ -149,8 +149,8 @@ def trace(
     standard error's upper 95 % confidence limit by the χ² distribution, and the search ends when
     U ≤ rtol · (|value| − 2 U): neither a standard error that is small by chance nor a value that
     is large by chance ends it early. With "auto", XTrace's basis grows while it fits; after that
-    what lies outside of it is sampled, as by "hutch++". A trace that cannot be told from zero has no relative
-    error; the search then goes on to its limit, and says so.
+    what lies outside of it is sampled, as by "hutch++". A trace that cannot be told from zero has
+    no relative error; the search then goes on to its limit, and says so.
 
     Args:
         operator: symmetric. "hutch++" and "xtrace" need float32 or float64.
