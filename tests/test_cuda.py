@@ -57,6 +57,39 @@ def test_spectra_agree_with_the_cpu(objectives, basis_device):
     assert second.weights.device.type == "cpu"
 
 
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+def test_traces_from_the_same_draws_agree_with_the_cpu(objectives, method):
+    # A generator on the CPU draws the same vectors for both.
+    host, device = (
+        fm.trace(
+            fm.HessianOperator(o), method=method, products=20, seed=torch.Generator().manual_seed(0)
+        )
+        for o in objectives
+    )
+    assert device.value == pytest.approx(host.value, rel=1e-8)
+    assert device.standard_error == pytest.approx(host.standard_error, rel=1e-5)
+    for one, other in zip(device.tensors, host.tensors, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-6, abs=1e-10)
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "xdiag", "exact"])
+def test_diagonals_from_the_same_draws_agree_with_the_cpu(objectives, method):
+    host, device = (
+        fm.diagonal(
+            fm.HessianOperator(o),
+            method=method,
+            products=None if method == "exact" else 20,
+            seed=torch.Generator().manual_seed(0),
+        )
+        for o in objectives
+    )
+    assert device.values.device.type == "cuda"
+    torch.testing.assert_close(device.values.cpu(), host.values, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        device.standard_error.cpu(), host.standard_error, rtol=1e-4, atol=1e-9
+    )
+
+
 @pytest.mark.parametrize("subspace", [None, 5])
 def test_measures_run_on_the_gpu_and_leave_everything_as_it_was(objectives, subspace):
     device = objectives[1]
@@ -67,6 +100,9 @@ def test_measures_run_on_the_gpu_and_leave_everything_as_it_was(objectives, subs
         fm.random_sharpness(device, samples=2)
         fm.trace(fm.HessianOperator(device), products=4)
         fm.spectral_density(fm.HessianOperator(device), probes=2, steps=3, outliers=1)
+        for method in ("hutchinson", "hutch++", "xtrace"):
+            fm.trace(fm.HessianOperator(device), method=method, products=6)
+        fm.diagonal(fm.HessianOperator(device), method="xdiag", products=6)
         assert torch.equal(torch.cuda.get_rng_state(), state)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flatminima as fm
+from flatminima.estimators.probes import t_factor
 from integrity import untouched
 from zoo import build, cached_dense_hessian
 
@@ -127,7 +128,7 @@ def test_the_trace_of_the_whole_is_the_sum(result, objective, hessian):
     everything = torch.arange(objective.size)
     error = spread(hessian, everything, 50)
     assert abs(result.trace - float(hessian.trace())) <= 4 * error
-    whole = fm.trace(fm.HessianOperator(objective), products=50)
+    whole = fm.trace(fm.HessianOperator(objective), method="hutchinson", products=50)
     assert result.trace == pytest.approx(whole.value, rel=1e-12)
 
 
@@ -291,7 +292,8 @@ def test_traces_are_unbiased_over_seeds(objective, hessian):
         assert abs(math.fsum(values) / 20 - exact) <= 4 * error
         # The standard errors that were told are those that were met.
         told = math.fsum(r.layers[index].trace_error ** 2 for r in results) / 20
-        assert told == pytest.approx(error**2 * 20, rel=0.5, abs=1e-20)
+        widened = error**2 * 20 * t_factor(4) ** 2
+        assert told == pytest.approx(widened, rel=0.5, abs=1e-20)
 
 
 def test_the_same_seed_gives_the_same_result_and_another_does_not(objective, result):

@@ -224,6 +224,7 @@ MEASURES = {
     "lanczos": lambda o: fm.lanczos(fm.HessianOperator(o)),
     "power_iteration": lambda o: fm.power_iteration(fm.HessianOperator(o), tol=0.1),
     "trace": lambda o: fm.trace(fm.HessianOperator(o), products=3),
+    "diagonal": lambda o: fm.diagonal(fm.HessianOperator(o), products=3),
 }
 
 

@@ -120,6 +120,7 @@ MEASURES = {
     "lanczos": lambda o: fm.lanczos(fm.HessianOperator(o), tol=0.3),
     "power_iteration": lambda o: fm.power_iteration(fm.HessianOperator(o), tol=0.3),
     "trace": lambda o: fm.trace(fm.HessianOperator(o), products=2),
+    "diagonal": lambda o: fm.diagonal(fm.HessianOperator(o), products=2),
 }
 
 

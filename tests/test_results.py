@@ -61,7 +61,26 @@ SHAKEN = fm.RandomSharpnessResult(
     evaluations=3,
     outcome=fm.Outcome.NON_FINITE_POINTS,
 )
-TRACE = fm.TraceResult(42.5, 1.5, 10, 100, fm.Outcome.COMPLETED)
+BLOCKS = fm.BlockTrace("0", 6, 40.0, 1.25), fm.BlockTrace("1", 4, 2.5, NAN)
+TRACE = fm.TraceResult(
+    42.5,
+    1.5,
+    10,
+    100,
+    fm.Outcome.COMPLETED,
+    "xtrace",
+    tensors=(fm.BlockTrace("0.weight", 6, 40.0, 1.25),),
+    modules=BLOCKS,
+)
+DIAGONAL = fm.DiagonalResult(
+    values=torch.tensor([1.5, -2.5, 4.0]),
+    standard_error=torch.tensor([0.0, 3.0, 4.0]),
+    products=60,
+    outcome=fm.Outcome.WITHIN_RTOL,
+    method="xdiag",
+    names=("weight", "bias"),
+    shapes=((1, 2), ()),
+)
 CURVE = fm.Curve((0.5, INF, NAN), {"accuracy": (0.9, 0.1, -INF)})
 INTERPOLATION = fm.Interpolation(
     alphas=(-1.0, 0.0, 1.0),
@@ -146,6 +165,9 @@ RESULTS = {
     "one tensor": TENSOR,
     "random sharpness": SHAKEN,
     "trace": TRACE,
+    "block of a trace": BLOCKS[0],
+    "diagonal": DIAGONAL,
+    "diagonal of no parameters": dataclasses.replace(DIAGONAL, names=(), shapes=()),
     "layer": LAYER,
     "layers": fm.LayerwiseResult(
         (LAYER, dataclasses.replace(LAYER, name="", outcome=fm.Outcome.PRODUCT_LIMIT)),
@@ -372,7 +394,10 @@ NUMBERS = {
     "sharpness in a subspace": ["p = 100"],
     "one tensor": ["0.weight", "2.5", "1.25", "0.5"],
     "random sharpness": ["2.5", "1.25", "0.bias", "∞", "NaN", "1.0e-05"],
-    "trace": ["42.5", "1.5", "4.25", "0.15", "100 products"],
+    "trace": ["42.5", "1.5", "4.25", "0.15", "XTrace, 100 products", "1.2", "NaN"],
+    "block of a trace": ["0", "40", "1.2"],
+    "diagonal": ["weight", "bias", "-2.5", "4", "2.1", "XDiag, 60 products"],
+    "diagonal of no parameters": ["all", "2.9"],
     "estimate": ["3", "0.25"],
     "spectral density": ["50", "-7", "2 of them taken out", "9 products", "3 times", "a note"],
     "log-determinant": ["-12.5", "0.75", "∞", "0.1", "-0.0625", "60 products"],
@@ -544,6 +569,7 @@ def test_outcomes_to_distrust_stand_out_in_a_table():
         fm.Outcome.BELOW_ROUNDING,
         fm.Outcome.NON_FINITE_POINTS,
         fm.Outcome.UNBOUNDED,
+        fm.Outcome.ABOVE_RTOL,
     }
     assert {o for o in fm.Outcome if o.brief.isupper()} == doubtful
     assert {o for o in fm.Outcome if o.doubtful} == doubtful

@@ -33,9 +33,11 @@ from .errors import (
     StateMismatchError,
 )
 from .estimators.density import SpectralDensity
+from .estimators.diagonal import DiagonalResult, diagonal
 from .estimators.log_determinant import LogDeterminantResult, log_determinant
+from .estimators.result import BlockTrace, TraceResult
 from .estimators.spectral_density import spectral_density
-from .estimators.trace import TraceResult, trace
+from .estimators.trace import trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
@@ -43,8 +45,9 @@ from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, r
 from .metrics import accuracy
 from .objective import Objective
 from .operators.gauss_newton import FisherOperator, GaussNewtonOperator
+from .operators.given import FunctionOperator, MatrixOperator
 from .operators.hessian import HessianOperator
-from .operators.linear import FunctionOperator, LinearOperator, MatrixOperator
+from .operators.linear import LinearOperator
 from .operators.restricted import BlockOperator, PreconditionedOperator, ProjectedOperator
 from .operators.sums import SumOperator
 from .report import Measurement, SharpnessReport, sharpness
@@ -59,6 +62,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentTypeError",
     "BlockOperator",
+    "BlockTrace",
     "Comparison",
     "ConvergenceError",
     "ConvergenceWarning",
@@ -66,6 +70,7 @@ __all__ = [
     "DataChangedError",
     "DeviceError",
     "DeviceMemoryError",
+    "DiagonalResult",
     "EigenResult",
     "EmptyDataError",
     "Estimate",
@@ -110,6 +115,7 @@ __all__ = [
     "TraceResult",
     "accuracy",
     "compare",
+    "diagonal",
     "epsilon_sharpness",
     "interpolate",
     "lanczos",

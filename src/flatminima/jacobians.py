@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev, vmap
 from .loss_curvature import OutputMatrix, patternless
 from .nested import cut, mapped
 
-__all__ = ["OUTPUTS", "DependentExamplesError", "jacobian_diagonal"]
+__all__ = ["OUTPUTS", "jacobian_diagonal"]
 
 OUTPUTS = 64
 """Of an example, up to which Jacobians of examples are made."""
@@ -20,7 +20,7 @@ OUTPUTS = 64
 BLOCK_BYTES = 2**28
 
 
-class DependentExamplesError(Exception):
+class _DependentError(Exception):
     """The outputs of a batch cannot be made example by example."""
 
 
@@ -30,11 +30,12 @@ def jacobian_diagonal(
     output: Any,
     matrix: OutputMatrix,
     leaves: Mapping[str, Tensor],
-) -> list[Tensor]:
+) -> list[Tensor] | None:
     """The diagonal of Jᵀ M J, a tensor for each leaf.
 
-    Costs about as many gradients as an example has outputs, and the memory of as many Jacobians
-    as fit into 256 MB. That Jᵀ u is the same as of the whole batch is checked.
+    Takes the memory of as many Jacobians as fit into 256 MB. That Jᵀ u is the same as of the whole
+    batch is checked. None where the outputs are not a tensor with the examples first and at most
+    `OUTPUTS` numbers for each, or cannot be made and differentiated one by one.
 
     Args:
         model: with the leaves in the place of its parameters.
@@ -42,33 +43,26 @@ def jacobian_diagonal(
         output: of the model for it, (examples, …), with its graph.
         matrix: M, which joins no two examples.
         leaves: the parameters by name.
-
-    Raises:
-        DependentExamplesError: the outputs are not a tensor with the examples first and at most
-            `OUTPUTS` numbers for each, or cannot be made and differentiated one by one.
     """
     if not isinstance(output, Tensor) or output.dim() == 0 or output.numel() == 0:
-        raise DependentExamplesError("the output is no tensor with a dimension for the examples")
-    count = output[0].numel()
-    if count > OUTPUTS:
-        raise DependentExamplesError(f"an example has {count} outputs, above {OUTPUTS}")
-    blocks = _blocks(matrix, output)
+        return None
+    if output[0].numel() > OUTPUTS:
+        return None
     probe = patternless(output)
     try:
+        blocks = _blocks(matrix, output)
         whole = torch.autograd.grad(output, list(leaves.values()), probe, allow_unused=True)
-    except RuntimeError as error:
-        raise DependentExamplesError(str(error)) from error
+    except (RuntimeError, _DependentError):
+        return None
     detached = {name: leaf.detach() for name, leaf in leaves.items()}
     for jacobians in (_transformed, _one_by_one):
         try:
             found, pulled = _summed(model, inputs, detached, blocks, probe, jacobians)
-        except Exception as error:  # whatever transforms, models and data refuse
-            failure: Exception | None = error
+        except Exception:  # whatever transforms, models and data refuse
             continue
         if _agree(pulled, whole, probe.dtype):
             return found
-        failure = None
-    raise DependentExamplesError("examples alone have other derivatives") from failure
+    return None
 
 
 def _summed(
@@ -123,7 +117,7 @@ def _blocks(matrix: OutputMatrix, output: Tensor) -> Tensor:
     alone = torch.bmm(blocks, probe.unsqueeze(2)).squeeze(2)
     gap, scale = (whole - alone).abs().max(), blocks.abs().max()
     if bool(gap > 1e3 * torch.finfo(output.dtype).eps * count * scale):
-        raise DependentExamplesError("the loss joins examples of a batch")
+        raise _DependentError("the loss joins examples of a batch")
     return blocks
 
 

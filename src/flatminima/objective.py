@@ -84,8 +84,7 @@ class Objective:
         device: of model, data and vectors.
         mode: as given.
         examples: number of examples in the data.
-        batches: the data as they are read.
-        loss_fn, criterion: as given, None under `batch_loss`; and whichever of the two there is.
+        batches, loss_fn, criterion: the data; as given; whichever of `loss_fn` and `batch_loss`.
 
     Raises:
         ParameterSelectionError: `params` selects nothing, or integers; or the model is not
@@ -136,10 +135,8 @@ class Objective:
             )
         check_callables("Objective", loss_fn=loss_fn, batch_loss=batch_loss, weight=weight)
         if data is None:
-            raise InvalidArgumentError(
-                "Objective needs data: a tuple of tensors, a list of batches, a DataLoader or a "
-                "Dataset."
-            )
+            wanted = "a tuple of tensors, a list of batches, a DataLoader or a Dataset"
+            raise InvalidArgumentError(f"Objective needs data: {wanted}.")
         self.mode = check_choice("Objective", "mode", mode, ("eval", "train", "keep"))
         model = unwrapped(model)
         check_model(model)
@@ -151,10 +148,8 @@ class Objective:
         self._is_sum = loss_fn is not None and is_sum(loss_fn)
         check_devices(model, self.device)
         if device is not None and check_device("Objective", device) != self.device:
-            raise DeviceError(
-                f"device={str(device)!r} was asked for, but the model is on {self.device}; "
-                f"move it first with model.to({str(device)!r})."
-            )
+            said = f"device={str(device)!r} was asked for, but the model is on {self.device}"
+            raise DeviceError(f"{said}; move it first with model.to({str(device)!r}).")
         # Whether gradients need .backward(); None until a pass has shown it.
         self._accumulates: bool | None = None
         pieces = Pieces(microbatch, self._weigh, is_sum=self._is_sum, model=model, mode=mode)
@@ -241,8 +236,7 @@ class Objective:
 
     def loss_at(self, displacement: Tensor) -> float:
         """L(θ + δ) for `displacement` δ of shape (n,); NaN and infinity are returned as such."""
-        shift = self._checked(displacement, "loss_at")
-        return self.sum_over_batches(None, shift, check=False)[0]
+        return self.sum_over_batches(None, self._checked(displacement, "loss_at"), check=False)[0]
 
     def gradient(self) -> Tensor:
         """∇L(θ), shape (n,)."""
@@ -305,10 +299,9 @@ class Objective:
             The loss and the metrics of each; NaN and infinity are returned as such.
         """
         if metrics and self.loss_fn is None:
-            raise InvalidArgumentError(
-                "metrics= needs an objective with loss_fn(output, target); with batch_loss= "
-                "there is no output to judge."
-            )
+            wanted = "an objective with loss_fn(output, target)"
+            why = "with batch_loss= there is no output to judge"
+            raise InvalidArgumentError(f"metrics= needs {wanted}; {why}.")
         return evaluated(self._evaluator, states, dict(metrics or {}))
 
     def evaluate_state(

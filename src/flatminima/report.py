@@ -13,7 +13,8 @@ from .checks import check_choice, check_integer
 from .eigen.lanczos import lanczos
 from .eigen.result import EigenResult
 from .errors import ArgumentTypeError
-from .estimators.trace import TraceResult, trace
+from .estimators.result import TraceResult
+from .estimators.trace import trace
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
 from .measures.random_sharpness import RandomSharpnessResult, random_sharpness
 from .modules import drops
@@ -217,7 +218,7 @@ def sharpness(
         measures: which to take, of "gradient_norm", "epsilon_sharpness", "random_sharpness",
             "eigenvalues" and "trace"; all of them unless told. The loss is always there.
         eigenvalues: how many of the largest.
-        trace_products: samples for the trace.
+        trace_products: products for the trace.
         samples: random perturbations of each parameter tensor.
         params: as in [`Objective`][flatminima.Objective].
         weight: as in [`Objective`][flatminima.Objective].

@@ -54,6 +54,12 @@ class Outcome(enum.Enum):
         "The differences are within the rounding error of the loss; use float64 or a larger step."
     )
     NON_FINITE_POINTS = "Completed; the loss is infinite or NaN at some points."
+    EXACT = "Exact up to rounding: the whole diagonal was computed."
+    WITHIN_RTOL = "Converged: the estimated relative error is within rtol."
+    ABOVE_RTOL = (
+        "Not converged: the product limit was reached before the estimated relative error was "
+        "within rtol."
+    )
 
     @property
     def doubtful(self) -> bool:
@@ -63,6 +69,7 @@ class Outcome(enum.Enum):
             Outcome.UNBOUNDED,
             Outcome.BELOW_ROUNDING,
             Outcome.NON_FINITE_POINTS,
+            Outcome.ABOVE_RTOL,
         )
 
     @property
@@ -74,6 +81,7 @@ class Outcome(enum.Enum):
             Outcome.BELOW_ROUNDING: "BELOW ROUNDING",
             Outcome.NON_FINITE_POINTS: "NOT FINITE EVERYWHERE",
             Outcome.UNBOUNDED: "UNBOUNDED",
+            Outcome.ABOVE_RTOL: "ABOVE RTOL",
         }.get(self, self.name.replace("_", " ").lower())
 
 

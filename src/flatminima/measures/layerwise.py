@@ -11,12 +11,12 @@ from torch import Tensor
 from ..checks import check_integer
 from ..eigen.lanczos import LanczosSteps, Steps
 from ..eigen.result import EigenResult, check_tolerance
-from ..errors import ConvergenceWarning, NonFiniteError, warn
-from ..estimators.trace import BLOCK_BYTES
+from ..errors import ConvergenceWarning, warn
+from ..estimators.probes import deflated_samples, spread
 from ..objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
 from ..progress import progress_bar
-from ..randomness import Seed, as_generator, rademacher
+from ..randomness import Seed, as_generator
 from ..results import Outcome, Result, Table, format_number, reading_notes
 
 __all__ = ["LayerCurvature", "LayerwiseResult", "layerwise"]
@@ -177,18 +177,18 @@ def layerwise(
     groups = _groups(objective, depth)
     generator = as_generator(seed, objective.device)
     with operator.session():
-        traces = _traces(operator, groups, trace_products, generator, progress)
+        traces, errors = _traces(operator, groups, trace_products, generator, progress)
         solvers, passes = _eigenvalues(operator, groups, tol, max_products, generator, progress)
     layers = []
-    for (name, block), samples, solver in zip(groups.items(), traces, solvers, strict=True):
-        mean = math.fsum(samples) / trace_products
-        variance = math.fsum((s - mean) ** 2 for s in samples) / (trace_products - 1)
+    for (name, block), value, error, solver in zip(
+        groups.items(), traces, errors, solvers, strict=True
+    ):
         layers.append(
             LayerCurvature(
                 name=name,
                 parameters=sum(objective.layout.sizes[i] for i in block),
-                trace=mean,
-                trace_error=math.sqrt(variance / trace_products),
+                trace=value,
+                trace_error=error,
                 eigenvalue=float(solver.eigenvalues[0]),
                 residual=float(solver.residuals[0]),
                 products=solver.products,
@@ -232,24 +232,13 @@ def _traces(
     products: int,
     generator: torch.Generator,
     progress: bool,
-) -> list[list[float]]:
-    """For each group the samples of its block's trace."""
-    sizes = list(operator.objective.layout.sizes)
-    n = operator.shape[0]
-    width = max(1, min(products, BLOCK_BYTES // (n * operator.dtype.itemsize)))
-    forms: list[Tensor] = []
+) -> tuple[list[float], list[float]]:
+    """For each group the trace of its block, and its standard error."""
     with progress_bar("layerwise: traces", total=products, unit="product", show=progress) as bar:
-        for start in range(0, products, width):
-            count = min(width, products - start)
-            signs = rademacher(count, n, generator, dtype=operator.dtype, device=operator.device)
-            terms = signs * operator._products(signs)
-            forms.append(torch.stack([t.sum(1) for t in torch.split(terms, sizes, dim=1)], dim=1))
-            bar.update(count)
-    # (products, tensors), one transfer for all.
-    samples = torch.cat(forms).cpu().double()
-    if not bool(torch.isfinite(samples).all()):
-        raise NonFiniteError(f"A product with {operator!r} holds NaN or infinity.")
-    return [samples[:, block].sum(1).tolist() for block in groups.values()]
+        sizes = operator.objective.layout.sizes
+        samples = deflated_samples(operator, products, generator, sizes, bar.update)
+    values, errors = spread(torch.stack([samples[:, g].sum(dim=1) for g in groups.values()], dim=1))
+    return values.tolist(), errors.tolist()
 
 
 def _eigenvalues(

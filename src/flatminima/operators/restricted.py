@@ -105,6 +105,11 @@ class BlockOperator(_Seen):
         own = self.operator.parameters or {}
         return {name: own[name] for name in self._layout.names}
 
+    @property
+    def knows_diagonal(self) -> bool:
+        """Whether the operator does."""
+        return self.operator.knows_diagonal
+
     def exact_diagonal(self) -> Tensor | None:
         """That part of the operator's own."""
         whole = self.operator.exact_diagonal()
@@ -247,6 +252,11 @@ class PreconditionedOperator(_Seen):
     def parameters(self) -> dict[str, nn.Parameter] | None:
         """The operator's own."""
         return self.operator.parameters
+
+    @property
+    def knows_diagonal(self) -> bool:
+        """Whether the operator does."""
+        return self.operator.knows_diagonal
 
     def exact_diagonal(self) -> Tensor | None:
         """The operator's own over D."""

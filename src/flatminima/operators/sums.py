@@ -121,8 +121,13 @@ class SumOperator(LinearOperator):
         """Those of the first operator, where all have the same layout."""
         return None if self.layout is None else self.operators[0].parameters
 
+    @property
+    def knows_diagonal(self) -> bool:
+        """Whether all operators know theirs."""
+        return all(operator.knows_diagonal for operator in self.operators)
+
     def exact_diagonal(self) -> Tensor | None:
-        """The diagonal where all operators know theirs."""
+        """The diagonal where all operators have theirs."""
         total = torch.full((self.shape[0],), self.shift, dtype=self.dtype, device=self.device)
         for factor, operator in zip(self.coefficients, self.operators, strict=True):
             diagonal = operator.exact_diagonal()
