@@ -387,11 +387,10 @@ class Objective:
         point = self.point()
         if displacement is not None:
             point += displacement
-        pieces = self.layout.unflatten(point)
         # Each in memory of its own: of views, a write to one would count as a write to all.
         return {
             name: piece.detach().clone().requires_grad_(differentiable)
-            for name, piece in zip(self.layout.names, pieces, strict=True)
+            for name, piece in zip(self.layout.names, self.layout.unflatten(point), strict=True)
         }
 
     def _first_weight(self, data: Any, index: int) -> float:
