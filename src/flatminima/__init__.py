@@ -40,6 +40,7 @@ from .estimators.spectral_density import spectral_density
 from .estimators.trace import trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
+from .measures.laplace import LaplaceResult, laplace_log_evidence
 from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
 from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
 from .metrics import accuracy
@@ -84,6 +85,7 @@ __all__ = [
     "HessianOperator",
     "Interpolation",
     "InvalidArgumentError",
+    "LaplaceResult",
     "LayerCurvature",
     "LayerwiseResult",
     "LinearOperator",
@@ -119,6 +121,7 @@ __all__ = [
     "epsilon_sharpness",
     "interpolate",
     "lanczos",
+    "laplace_log_evidence",
     "layerwise",
     "log_determinant",
     "plot",

@@ -1,0 +1,252 @@
+"""The evidence of a model by Laplace's approximation: how much posterior mass a minimum holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_positive
+from ..eigen.result import EigenResult
+from ..errors import InvalidArgumentError
+from ..estimators.chains import gauss_quadrature
+from ..estimators.quadrature import Quadrature, check_positive_definite
+from ..objective import Objective, check_objective
+from ..operators.gauss_newton import GaussNewtonOperator
+from ..operators.linear import LinearOperator, check_operator
+from ..randomness import Seed
+from ..results import Outcome, Result, Table, format_number, reading_notes
+
+__all__ = ["LaplaceResult", "laplace_log_evidence"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LaplaceResult(Result):
+    """The logarithm of the evidence, and what it is made of.
+
+    Attributes:
+        value: log p(data), natural logarithm: the sum of the three parts.
+        standard_error: of `value`, from the spread of the random vectors.
+        quadrature_error: an estimate of what more steps would change.
+        log_likelihood: −N L(θ).
+        log_prior: −½ τ ‖θ‖² + ½ n log τ.
+        log_volume: −½ log det(N G + τ I): the larger, the flatter.
+        prior_precision: τ.
+        optimised: whether τ is the one that makes the evidence largest.
+        effective_parameters: γ = tr N G (N G + τ I)⁻¹, of the n parameters those that the data
+            determine.
+        observations: N.
+        size: n.
+        products: with the operator.
+        outcome: completed.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.ones(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> result = fm.laplace_log_evidence(objective, prior_precision=1.0)
+        >>> round(result.value, 4)  # −½ ‖θ‖² − ½ log det(2 I + I)
+        -2.0986
+    """
+
+    value: float
+    standard_error: float
+    quadrature_error: float
+    log_likelihood: float
+    log_prior: float
+    log_volume: float
+    prior_precision: float
+    optimised: bool
+    effective_parameters: float
+    observations: float
+    size: int
+    products: int
+    outcome: Outcome
+    readings: int = 0
+    notes: tuple[str, ...] = ()
+
+    def _table(self) -> Table:
+        error = format_number(self.standard_error, 2)
+        how = "optimised" if self.optimised else "given"
+        return Table(
+            header=("quantity", "value", "standard error"),
+            rows=(
+                ("log evidence", format_number(self.value), error),
+                ("log likelihood", format_number(self.log_likelihood), ""),
+                ("log prior", format_number(self.log_prior), ""),
+                ("log volume", format_number(self.log_volume), error),
+                ("error of the quadrature", format_number(self.quadrature_error, 2), ""),
+                (f"prior precision τ ({how})", format_number(self.prior_precision), ""),
+                ("effective parameters γ", format_number(self.effective_parameters), ""),
+            ),
+            title=f"Laplace log evidence: {self.size} parameters, {self.observations:g} "
+            f"observations, {self.products} products",
+            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
+        )
+
+
+def laplace_log_evidence(
+    objective: Objective,
+    *,
+    prior_precision: float | Literal["optimise"] = 1.0,
+    operator: LinearOperator | None = None,
+    observations: float | None = None,
+    probes: int = 10,
+    steps: int = 90,
+    outliers: int | EigenResult = 0,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> LaplaceResult:
+    """Log p(data) of a model by Laplace's approximation at its present parameters.
+
+    log p(data) ≈ −N L(θ) − ½ τ ‖θ‖² + ½ n log τ − ½ log det(N G + τ I), with the prior
+    N(0, I / τ) on the selected parameters, the loss a negative log-likelihood summed over N
+    observations, and G the Gauss–Newton matrix (MacKay 1992,
+    [doi:10.1162/neco.1992.4.3.448](https://doi.org/10.1162/neco.1992.4.3.448), equations 3.2 and
+    4.7; Immer et al. 2021, arXiv:2104.04975). The last term is the volume of the minimum: a flat
+    one holds more posterior mass. The determinant comes from the quadrature of
+    `spectral_density`, matrix-free.
+
+    θ should be a minimum of L + τ ‖θ‖² / 2N. The evidence is compared between models with the same
+    data, and, unlike sharpness, has no free scale when τ is optimised, which is done with the same
+    products: the maximum is where τ ‖θ‖² = γ.
+
+    Args:
+        objective: with `loss_fn`; a mean over observations, such as cross-entropy.
+        prior_precision: τ, or "optimise" for the one that makes the evidence largest.
+        operator: in the place of G, such as `FisherOperator(objective)`; it must be positive
+            semi-definite.
+        observations: N, where the loss's own count is not that of independent observations. By
+            default Σ w: the labels of a cross-entropy, the elements of a squared error, which is
+            then a normal likelihood of variance ½ without its constant.
+        probes: as in `spectral_density`.
+        steps: as in `spectral_density`.
+        outliers: as in `spectral_density`: taken out of N G, they make the error smaller.
+        seed: of the random vectors.
+        progress: show a bar if it takes long.
+
+    Returns:
+        The value, its errors and parts.
+
+    Raises:
+        InvalidArgumentError: the objective has `batch_loss` and no operator is given; τ or N is
+            not positive; "optimise" where all parameters are zero, or G is.
+        NotPositiveDefiniteError: N G + τ I is indefinite.
+        NonFiniteError: the loss or a product holds NaN or infinity.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = torch.randn(50, 3), torch.randint(2, (50,))
+        >>> objective = fm.Objective(model, torch.nn.CrossEntropyLoss(), data)
+        >>> result = fm.laplace_log_evidence(objective, prior_precision="optimise")
+        >>> 0 < result.effective_parameters < result.size
+        True
+    """
+    call = "laplace_log_evidence"
+    check_objective(call, objective)
+    optimise = isinstance(prior_precision, str)
+    if optimise and prior_precision != "optimise":
+        raise InvalidArgumentError(
+            f"The 'prior_precision' argument of {call} must be a number above 0 or 'optimise'; got "
+            f"{prior_precision!r}."
+        )
+    tau = 1.0 if optimise else check_positive(call, "prior_precision", prior_precision)
+    if operator is None:
+        operator = GaussNewtonOperator(objective)
+    else:
+        check_operator(call, operator)
+        if operator.shape[0] != objective.size:
+            raise InvalidArgumentError(
+                f"The 'operator' argument of {call} must act on the {objective.size} parameters of "
+                f"the objective; got {operator!r}."
+            )
+    count = objective.batches.total_weight
+    if observations is not None:
+        count = check_positive(call, "observations", observations)
+    squares = float(torch.linalg.vector_norm(objective.point().double()) ** 2)
+    before = objective.batches.readings
+    loss = objective.loss()
+    found = gauss_quadrature(
+        call,
+        operator,
+        probes=probes,
+        steps=steps,
+        outliers=outliers,
+        seed=seed,
+        progress=progress,
+    )
+    if optimise:
+        tau = _best(found, count, squares)
+    # What rounding has made of eigenvalues of zero is zero.
+    least = 0.0 if found.smallest >= -found.resolution else -math.inf
+    if least < 0:
+        check_positive_definite(call, found.smallest, tau / count, found.resolution)
+
+    def logarithm(values: Tensor) -> Tensor:
+        return (count * values.clamp(min=least) + tau).log()
+
+    total, truncation = found.sum(logarithm), found.truncation(logarithm) / 2
+    likelihood = -count * loss
+    prior = -0.5 * tau * squares + 0.5 * objective.size * math.log(tau)
+    notes = found.notes
+    if truncation > total.standard_error / 2:
+        size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
+        notes += (
+            f"The quadrature may be off by {size}, more than the standard error: raise steps, or "
+            "take outliers out.",
+        )
+    return LaplaceResult(
+        value=likelihood + prior - total.value / 2,
+        standard_error=total.standard_error / 2,
+        quadrature_error=truncation,
+        log_likelihood=likelihood,
+        log_prior=prior,
+        log_volume=-total.value / 2,
+        prior_precision=tau,
+        optimised=optimise,
+        effective_parameters=_effective(found, count, tau),
+        observations=count,
+        size=objective.size,
+        products=found.products,
+        outcome=Outcome.COMPLETED,
+        readings=objective.batches.readings - before,
+        notes=notes,
+    )
+
+
+def _effective(found: Quadrature, count: float, tau: float) -> float:
+    """γ; eigenvalues below zero count for nothing."""
+    values = found.sum(lambda v: (count * v).clamp(min=0) / ((count * v).clamp(min=0) + tau))
+    return values.value
+
+
+def _best(found: Quadrature, count: float, squares: float) -> float:
+    """The τ with τ ‖θ‖² = γ(τ): the left side rises with τ, the right one falls."""
+    from scipy.optimize import brentq
+
+    if squares == 0 or _effective(found, count, 1e-300) <= 0:
+        what = "all parameters are zero" if squares == 0 else "the matrix is zero"
+        raise InvalidArgumentError(
+            f"laplace_log_evidence cannot optimise the prior precision: {what}, so that the "
+            "evidence grows without end. Give prior_precision= a number."
+        )
+
+    def gap(logarithm: float) -> float:
+        tau = math.exp(logarithm)
+        return tau * squares - _effective(found, count, tau)
+
+    # γ lies between 0 and n, so that the sign is known at the upper end.
+    high = math.log(found.size / squares)
+    low = high - 1.0
+    while gap(low) > 0 and low > high - 600:
+        low -= 2 * (high - low)
+    return math.exp(float(brentq(gap, low, high, xtol=1e-10, rtol=1e-12)))
