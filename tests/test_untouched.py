@@ -116,6 +116,9 @@ CALLS = {
     "trace": lambda b: fm.trace(b.operator, products=2),
     "spectral_density": lambda b: fm.spectral_density(b.operator, probes=2, steps=2),
     "log_determinant": lambda b: fm.log_determinant(b.operator, 1e6, probes=2, steps=1),
+    "laplace_log_evidence": lambda b: fm.laplace_log_evidence(
+        b.objective, operator=b.operator, prior_precision=1e9, probes=2, steps=1
+    ),
     "trace by XTrace": lambda b: fm.trace(b.operator, method="xtrace", products=4),
     "diagonal": lambda b: fm.diagonal(b.operator, products=2),
     "epsilon_sharpness": lambda b: fm.epsilon_sharpness(b.objective, iterations=1),
