@@ -21,7 +21,7 @@ from .harness import arguments, in_turns, machine, print_table
 from .models import MODELS, Problem
 
 COLUMNS = 8
-METHODS = ("kept", "rebuilt", "columns", "batched", "compile")
+METHODS = ("kept", "rebuilt", "columns", "batched", "compile", "gauss_newton")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "columns": f"each of {COLUMNS} columns, graph kept",
         "batched": f"each of {COLUMNS}, batched autograd",
         "compile": 'product, method="compile" (seconds to compile)',
+        "gauss_newton": "Gauss–Newton product, graph kept",
     }
     header += [names[m] for m in options.methods]
     print_table([*header, "graphs kept (MiB)"], rows)
@@ -63,6 +64,7 @@ def _row(name: str, problem: Problem, methods: Sequence[str], rounds: int) -> li
     kept = fm.HessianOperator(objective, keep_graph=True)
     rebuilt = fm.HessianOperator(objective, keep_graph=False)
     compiled = fm.HessianOperator(objective, method="compile")
+    newton = fm.GaussNewtonOperator(objective, keep_graph=True)
     tasks: dict[str, Callable[[], object]] = {
         "gradient": problem.gradient,
         "own": objective.gradient,
@@ -70,11 +72,14 @@ def _row(name: str, problem: Problem, methods: Sequence[str], rounds: int) -> li
         "rebuilt": lambda: rebuilt @ vector,
         "columns": lambda: kept @ block,
         "compile": lambda: compiled @ vector,
+        "gauss_newton": lambda: newton @ vector,
     }
     wanted = {n: t for n, t in tasks.items() if n in {"gradient", "own", *methods}}
     with contextlib.ExitStack() as sessions:
         if "compile" in methods:
             sessions.enter_context(compiled.session())
+        if "gauss_newton" in methods:
+            sessions.enter_context(newton.session())
         sessions.enter_context(kept.session())
         if "batched" in methods:
             wanted["batched"] = _batched(problem, block)
