@@ -83,6 +83,7 @@ class SumOperator(LinearOperator):
                     f"SumOperator takes operators of one type; got {first!r} and {other!r}."
                 )
         super().__init__(first.shape[0], first.dtype, first.device)
+        self._terms = 0.0
         self.operators: list[LinearOperator] = []
         self.coefficients: list[float] = []
         self.shift = check_number("SumOperator", "shift", shift)
@@ -145,9 +146,17 @@ class SumOperator(LinearOperator):
 
     def _products(self, vectors: Tensor) -> Tensor:
         total = vectors * self.shift
-        for factor, operator in zip(self.coefficients, self.operators, strict=True):
-            total.add_(operator._products(vectors), alpha=factor)
+        lengths = torch.linalg.vector_norm(vectors, dim=1)
+        terms = lengths * abs(self.shift)
         pairs = list(zip(self.coefficients, self.operators, strict=True))
+        for factor, operator in pairs:
+            products = operator._products(vectors)
+            total.add_(products, alpha=factor)
+            terms = terms + abs(factor) * torch.linalg.vector_norm(products, dim=1)
+        # Terms may cancel, and leave the rounding of each.
+        sizes = terms / lengths.clamp(min=torch.finfo(self.dtype).tiny)
+        self._terms = max(self._terms, float(sizes.max()))
         self.error = sum(abs(c) * o.error for c, o in pairs)
         self.floor = sum(abs(c) * o.floor for c, o in pairs)
+        self.floor += 10 * torch.finfo(self.dtype).eps * self._terms
         return total
