@@ -107,11 +107,11 @@ def test_the_sum_of_a_list_is_a_sum_operator():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_factors_and_shifts_are_finite(value):
-    with pytest.raises(fm.InvalidArgumentError, match="'coefficients'.*finite"):
+    with pytest.raises(fm.InvalidArgumentError, match=r"'coefficients'.*finite"):
         value * operator()
-    with pytest.raises(fm.InvalidArgumentError, match="'shift' argument of shifted.*finite"):
+    with pytest.raises(fm.InvalidArgumentError, match=r"'shift' argument of shifted.*finite"):
         operator().shifted(value)
-    with pytest.raises(fm.InvalidArgumentError, match="'shift' argument of SumOperator.*finite"):
+    with pytest.raises(fm.InvalidArgumentError, match=r"'shift' argument of SumOperator.*finite"):
         fm.SumOperator([operator()], shift=value)
 
 
@@ -153,6 +153,17 @@ def test_sums_within_sums_are_resolved():
     assert total.shift == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cancels_but_for_rounding_is_zero(dtype):
+    parts = [fm.MatrixOperator(matrix_with_spectrum([3.0, 1, 0, -2, 5], s, dtype)) for s in (2, 3)]
+    both = fm.MatrixOperator(parts[0].matrix + parts[1].matrix)
+    nothing = both - parts[0] - parts[1]
+    result = fm.lanczos(nothing)
+    assert result.converged
+    assert 0 < nothing.floor < 1e3 * torch.finfo(dtype).eps
+    assert abs(float(result.eigenvalues[0])) <= nothing.floor
+
+
 def test_parameters_of_another_layout_are_not_named():
     first, second = (objective(nn.Linear(4, 2, bias=bias)) for bias in (True, True))
     same = fm.HessianOperator(first) + fm.HessianOperator(second)
@@ -178,7 +189,7 @@ def test_operators_without_parameters_have_no_blocks():
     ("params", "error", "message"),
     [
         ("2.wieght", fm.ParameterSelectionError, "'2.wieght' matches no.*Did you mean '2.weight'"),
-        (["0.*", "bias"], fm.ParameterSelectionError, "'bias' matches no.*'0.bias' or '2.bias'"),
+        (["0.*", "bias"], fm.ParameterSelectionError, "'bias' matches no.*'2.bias' or '0.bias'"),
         ([], fm.ParameterSelectionError, "empty list"),
         (lambda name, parameter: False, fm.ParameterSelectionError, "selects no parameter"),
         (3, fm.ArgumentTypeError, "got 3"),
@@ -288,7 +299,6 @@ def test_a_whole_basis_leaves_all_or_nothing():
     torch.testing.assert_close(fm.ProjectedOperator(whole, basis).to_dense(), MATRIX)
     nothing = fm.ProjectedOperator(whole, basis, complement=True)
     assert float(nothing.to_dense().abs().max()) < 1e-12
-    assert abs(float(fm.lanczos(nothing).eigenvalues[0])) < 1e-12
 
 
 # ------------------------------------------------------------------------------ preconditioners
@@ -344,10 +354,12 @@ def test_other_optimisers_are_refused(kind, steps):
 def test_optimisers_that_do_not_fit_are_refused():
     whole = fm.HessianOperator(objective())
     model = whole.objective.model
-    with pytest.raises(fm.InvalidArgumentError, match="no step for '0.weight' yet"):
+    with pytest.raises(fm.InvalidArgumentError, match=r"no step for '0\.weight' yet"):
         fm.PreconditionedOperator(whole, torch.optim.Adam(model.parameters()))
     other = trained(torch.optim.Adam, objective().model)
-    with pytest.raises(fm.InvalidArgumentError, match="not hold the parameter '0.weight'.*another"):
+    with pytest.raises(
+        fm.InvalidArgumentError, match=r"not hold the parameter '0\.weight'.*another"
+    ):
         fm.PreconditionedOperator(whole, other)
     some = trained(lambda p: torch.optim.Adam(list(p)[:2]), model)
     with pytest.raises(fm.InvalidArgumentError, match=r"'2\.weight'.*params="):
