@@ -38,6 +38,68 @@ def test_values_and_products_agree_with_the_cpu(objectives):
     torch.testing.assert_close(product.cpu(), fm.HessianOperator(host) @ v, rtol=1e-9, atol=1e-12)
 
 
+def trained(objective):
+    """An Adam optimiser after three steps; the same on both devices, but for rounding."""
+    optimiser = torch.optim.Adam(objective.model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        x = torch.randn(16, 6, generator=generator, dtype=torch.float64).to(objective.device)
+        optimiser.zero_grad()
+        objective.model(x).square().mean().backward()
+        optimiser.step()
+    return optimiser
+
+
+OPERATORS = {
+    "gauss-newton": fm.GaussNewtonOperator,
+    "gauss-newton by differences": lambda o: fm.GaussNewtonOperator(o, method="finite_differences"),
+    "gauss-newton, graphs rebuilt": lambda o: fm.GaussNewtonOperator(o, keep_graph=False),
+    "fisher": fm.FisherOperator,
+    "fisher, empirical": lambda o: fm.FisherOperator(o, kind="empirical"),
+    "sum": lambda o: (2 * fm.HessianOperator(o) - fm.GaussNewtonOperator(o)).shifted(0.1),
+    "preconditioned": lambda o: fm.PreconditionedOperator(fm.HessianOperator(o), trained(o)),
+    "block": lambda o: fm.BlockOperator(fm.HessianOperator(o), ["0.weight", "3.*"]),
+    "off a subspace": lambda o: fm.ProjectedOperator(
+        fm.HessianOperator(o),
+        torch.linspace(-1, 1, o.size, dtype=torch.float64, device=o.device)[:, None],
+        complement=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_operators_agree_with_the_cpu(objectives, kind):
+    host, device = (OPERATORS[kind](o) for o in objectives)
+    tolerance = 1e-6 if "differences" in kind else 1e-9
+    block = torch.randn(
+        host.shape[0], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    with untouched(objectives[1].model):
+        with device.session():
+            found = [device @ block.cuda() for _ in range(2)]
+        diagonal = device.exact_diagonal()
+    expected = host @ block
+    for product in found:
+        assert product.device.type == "cuda"
+        torch.testing.assert_close(product.cpu(), expected, rtol=tolerance, atol=tolerance)
+    if diagonal is not None:
+        torch.testing.assert_close(
+            diagonal.cpu(), host.exact_diagonal(), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_drawn_labels_on_the_gpu_are_the_same_in_every_product(objectives):
+    device = objectives[1]
+    operator = fm.FisherOperator(device, kind="monte_carlo", samples=2, seed=1)
+    unit = torch.eye(device.size, dtype=torch.float64, device="cuda")
+    state = torch.cuda.get_rng_state()
+    matrix = operator @ unit
+    torch.testing.assert_close(matrix, operator @ unit, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-9, atol=1e-12)
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > -1e-12
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
 def test_eigenvalues_agree_with_the_cpu(objectives):
     host, device = (fm.lanczos(fm.HessianOperator(o), k=4, tol=1e-8) for o in objectives)
     torch.testing.assert_close(device.eigenvalues, host.eigenvalues, rtol=1e-6, atol=1e-9)

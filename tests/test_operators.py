@@ -5,12 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse.linalg import LinearOperator as ScipyOperator
-from scipy.sparse.linalg import eigsh
 from torch import nn
 
 import flatminima as fm
-from zoo import build, dense_hessian, joined, matrix_with_spectrum, names_of, quadratic_case
+from zoo import build, dense_hessian, joined, matrix_with_spectrum, names_of
 
 BASIC = pytest.mark.parametrize("name", names_of("basic"))
 
@@ -228,155 +226,10 @@ def test_products_are_the_same_bitwise_every_time():
     assert torch.equal(first @ v, second @ v)
 
 
-# ------------------------------------------------------------- what every operator has in common
+# ---------------------------------------------------------------------------- LinearOperator
 
 
 MATRIX = matrix_with_spectrum([4.0, 2.0, 1.0, 0.0, -3.0], seed=1)
-
-
-def hessian_operator(dtype):
-    return fm.HessianOperator(quadratic_case(MATRIX.to(dtype)).objective())
-
-
-def function_operator(dtype):
-    matrix = MATRIX.to(dtype)
-    return fm.FunctionOperator(lambda v: matrix @ v, 5, dtype=dtype)
-
-
-OPERATORS = {
-    "matrix": lambda dtype: fm.MatrixOperator(MATRIX.to(dtype)),
-    "function": function_operator,
-    "hessian": hessian_operator,
-}
-EVERY_OPERATOR = pytest.mark.parametrize("kind", OPERATORS)
-
-
-@EVERY_OPERATOR
-@PRECISIONS
-def test_attributes(kind, dtype, tolerance):
-    operator = OPERATORS[kind](dtype)
-    assert operator.shape == (5, 5)
-    assert operator.dtype == dtype
-    assert operator.device == torch.device("cpu")
-    assert "5 × 5" in repr(operator)
-    assert str(dtype) in repr(operator)
-
-
-@EVERY_OPERATOR
-@PRECISIONS
-@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 3), (5, 7)])
-def test_the_product_sign_takes_vectors_and_matrices(kind, dtype, tolerance, shape):
-    operator = OPERATORS[kind](dtype)
-    v = vectors(5, math.prod(shape[1:]), dtype=dtype).reshape(shape)
-    product = operator @ v
-    assert product.shape == shape
-    assert product.dtype == dtype
-    assert relative_error(product, MATRIX @ v.double()) <= tolerance
-
-
-@EVERY_OPERATOR
-def test_no_columns_give_no_columns(kind):
-    product = OPERATORS[kind](torch.float64) @ torch.empty(5, 0)
-    assert product.shape == (5, 0)
-    assert product.dtype == torch.float64
-
-
-@EVERY_OPERATOR
-def test_columns_that_are_not_contiguous(kind):
-    operator = OPERATORS[kind](torch.float64)
-    wide = vectors(3, 10)[:, ::2].T
-    torch.testing.assert_close(operator @ wide, MATRIX @ wide)
-    torch.testing.assert_close(operator @ wide[:, 1], MATRIX @ wide[:, 1])
-
-
-@EVERY_OPERATOR
-def test_vectors_of_another_type_are_converted(kind):
-    operator = OPERATORS[kind](torch.float64)
-    expected = MATRIX @ torch.arange(5.0).double()
-    for dtype in (torch.int64, torch.float32, torch.float16):
-        torch.testing.assert_close(operator @ torch.arange(5, dtype=dtype), expected)
-
-
-@EVERY_OPERATOR
-def test_the_vector_is_not_changed_and_the_product_shares_no_memory_with_it(kind):
-    operator = OPERATORS[kind](torch.float64)
-    v = vectors(5, 2)
-    before = v.clone()
-    product = operator @ v
-    product += 1
-    operator.matvec(v[:, 0]).zero_()
-    assert torch.equal(v, before)
-    torch.testing.assert_close(operator @ v, MATRIX @ v)
-
-
-@EVERY_OPERATOR
-def test_products_carry_no_graph(kind):
-    operator = OPERATORS[kind](torch.float64)
-    v = vectors(5, 1)[:, 0].requires_grad_()
-    assert not (operator @ v).requires_grad
-
-
-@EVERY_OPERATOR
-@pytest.mark.parametrize(
-    ("call", "vector", "error", "message"),
-    [
-        ("matvec", torch.ones(4), fm.ShapeError, r"takes shape \(5,\); got \(4,\)"),
-        ("matvec", torch.ones(5, 1), fm.ShapeError, r"takes shape \(5,\); got \(5, 1\)"),
-        ("matmat", torch.ones(5), fm.ShapeError, r"takes shape \(5, k\); got \(5,\)"),
-        ("matmat", torch.ones(4, 2), fm.ShapeError, r"takes shape \(5, k\); got \(4, 2\)"),
-        ("__matmul__", torch.ones(()), fm.ShapeError, r"\(5,\) or \(5, k\); got \(\)"),
-        ("__matmul__", torch.ones(5, 1, 1), fm.ShapeError, r"\(5, k\); got \(5, 1, 1\)"),
-        ("__matmul__", np.ones(5), fm.ArgumentTypeError, "takes a torch.Tensor.*got ndarray"),
-        ("matvec", [1.0] * 5, fm.ArgumentTypeError, "takes a tensor.*got list"),
-        ("matvec", torch.ones(5) * 1j, fm.ArgumentTypeError, "real vectors; got torch.complex64"),
-        ("matvec", torch.ones(5, device="meta"), fm.DeviceError, "on cpu; the vector lies on meta"),
-        ("matmat", torch.ones(5, 2, device="meta"), fm.DeviceError, "the vector lies on meta"),
-        (
-            "matvec",
-            torch.tensor([0, 0, math.nan, 0, 0]),
-            fm.NonFiniteError,
-            "NaN or infinity at index 2",
-        ),
-        (
-            "matmat",
-            torch.tensor([[0.0, 0], [0, 0], [0, 0], [0, -math.inf], [0, 0]]),
-            fm.NonFiniteError,
-            "NaN or infinity at index 3",
-        ),
-    ],
-)
-def test_wrong_vectors_are_refused(kind, call, vector, error, message):
-    operator = OPERATORS[kind](torch.float32)
-    with pytest.raises(error, match=f"{type(operator).__name__}.*{message}"):
-        getattr(operator, call)(vector)
-
-
-@EVERY_OPERATOR
-@PRECISIONS
-def test_to_scipy_gives_the_same_products(kind, dtype, tolerance):
-    operator = OPERATORS[kind](dtype).to_scipy()
-    assert isinstance(operator, ScipyOperator)
-    assert operator.shape == (5, 5)
-    assert operator.dtype == np.dtype(str(dtype).removeprefix("torch."))
-    block = vectors(5, 3, dtype=dtype).numpy()
-    expected = MATRIX.numpy() @ block
-    for found, wanted in [
-        (operator.matvec(block[:, 0]), expected[:, 0]),
-        (operator.matvec(block[:, :1]), expected[:, :1]),
-        (operator.rmatvec(block[:, 1]), expected[:, 1]),
-        (operator.matmat(block), expected),
-        (operator.rmatmat(block), expected),
-        (operator @ block, expected),
-        (operator.H @ block, expected),
-    ]:
-        assert found.shape == wanted.shape
-        assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted)
-
-
-@EVERY_OPERATOR
-def test_to_scipy_serves_its_eigensolver(kind):
-    values = eigsh(OPERATORS[kind](torch.float64).to_scipy(), k=2, which="BE")[0]
-    np.testing.assert_allclose(values, [-3.0, 4.0], rtol=1e-10)
 
 
 def test_to_scipy_leaves_the_array_alone():
@@ -384,14 +237,6 @@ def test_to_scipy_leaves_the_array_alone():
     array = np.ones(3)
     np.testing.assert_array_equal(operator.matvec(array), 2 * np.ones(3))
     np.testing.assert_array_equal(array, np.ones(3))
-
-
-@EVERY_OPERATOR
-def test_to_scipy_takes_arrays_that_cannot_be_written_to(kind):
-    array = np.arange(5.0)
-    array.flags.writeable = False
-    found = OPERATORS[kind](torch.float64).to_scipy().matvec(array)
-    np.testing.assert_allclose(found, MATRIX.numpy() @ array)
 
 
 def test_inner_is_the_dot_product():

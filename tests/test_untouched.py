@@ -90,6 +90,20 @@ class Bench:
         return fm.compare({"one": found, "two": found})
 
 
+def by_outputs(matrix, **options):
+    """A product with a matrix that looks at the outputs, of cases that show them."""
+
+    def call(bench):
+        if bench.case.loss_fn is None:
+            return
+        operator = matrix(bench.objective, **options)
+        # Some losses are no likelihood, and some examples cannot be told apart.
+        with contextlib.suppress(fm.InvalidArgumentError):
+            operator.matmat(torch.stack([bench.step, -bench.step], dim=1))
+
+    return call
+
+
 CALLS = {
     "Objective": lambda b: b.make(),
     "Objective read anew": lambda b: b.make(cache=False).loss(),
@@ -111,6 +125,20 @@ CALLS = {
     "block_product": lambda b: b.operator.block_product(b.step, b.blocks),
     "finite differences": lambda b: b.differences.matvec(b.step),
     "finite differences by block": lambda b: b.differences.block_product(b.step, b.blocks),
+    "Gauss–Newton": by_outputs(fm.GaussNewtonOperator),
+    "Gauss–Newton by differences": by_outputs(fm.GaussNewtonOperator, method="finite_differences"),
+    "Gauss–Newton diagonal": lambda b: (
+        b.case.loss_fn and fm.GaussNewtonOperator(b.objective).exact_diagonal()
+    ),
+    "Fisher": by_outputs(fm.FisherOperator),
+    "Fisher, drawn": by_outputs(fm.FisherOperator, kind="monte_carlo", samples=2),
+    "Fisher, empirical": by_outputs(fm.FisherOperator, kind="empirical"),
+    "sum": lambda b: (2 * b.operator - b.operator.shifted(1.0)).matvec(b.step),
+    "preconditioned": lambda b: fm.PreconditionedOperator(b.operator, b.step).matvec(b.step),
+    "projected": lambda b: fm.ProjectedOperator(b.operator, b.step[:, None]).matvec(b.step),
+    "block": lambda b: fm.BlockOperator(b.operator, lambda n, p: n == b.smallest()).matmat(
+        torch.ones(dict(b.objective.parameters)[b.smallest()].numel(), 1)
+    ),
     "lanczos": lambda b: fm.lanczos(b.operator, max_products=2),
     "power_iteration": lambda b: fm.power_iteration(b.operator, max_products=2),
     "trace": lambda b: fm.trace(b.operator, products=2),

@@ -28,7 +28,7 @@ from ..products import PerLeaf, where
 from ..randomness import as_generator, rademacher
 from ..tracing import GraphTrace
 from ..vectors import Layout
-from .linear import LinearOperator
+from .linear import LinearOperator, Reader
 
 __all__ = ["CurvatureOperator", "Part"]
 
@@ -107,6 +107,10 @@ class CurvatureOperator(LinearOperator):
     def readings(self) -> int:
         """How often the data have been read anew, where they are not kept on the device."""
         return self.objective.batches.readings
+
+    @property
+    def _readers(self) -> tuple[Reader, ...]:
+        return (self.objective.batches,)
 
     @property
     def notes(self) -> tuple[str, ...]:

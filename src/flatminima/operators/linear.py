@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_number
 from ..errors import (
     ArgumentTypeError,
     InvalidArgumentError,
@@ -22,6 +23,7 @@ from ..vectors import Layout, all_finite, check_vector
 
 __all__ = [
     "LinearOperator",
+    "Reader",
     "check_operator",
 ]
 
@@ -30,6 +32,14 @@ DENSE = 20_000
 
 BLOCK = 64
 """Unit vectors multiplied at once."""
+
+
+class Reader(Protocol):
+    """What counts how often data are read."""
+
+    @property
+    def readings(self) -> int:
+        """How often, so far."""
 
 
 class LinearOperator(ABC):
@@ -68,6 +78,11 @@ class LinearOperator(ABC):
     def readings(self) -> int:
         """How often data that are not kept on the device have been read for it so far."""
         return 0
+
+    @property
+    def _readers(self) -> tuple[Reader, ...]:
+        """Who counts `readings`: operators made of several ones count each of them once."""
+        return (self,)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -163,29 +178,52 @@ class LinearOperator(ABC):
             )
         return self.matvec(other) if other.dim() == 1 else self.matmat(other)
 
+    # numpy's arrays and numbers leave `array * operator` and the like to the operator.
+    __array_ufunc__ = None
+
     def __add__(self, other: LinearOperator) -> LinearOperator:
         """A + B."""
         from .sums import SumOperator
 
         if not isinstance(other, LinearOperator):
-            return NotImplemented
+            self._refuse("+", other)
         return SumOperator([self, other])
+
+    def __radd__(self, other: object) -> LinearOperator:
+        """For numbers and matrices in front, an error that says what to write."""
+        self._refuse("+", other)
 
     def __sub__(self, other: LinearOperator) -> LinearOperator:
         """A − B."""
         from .sums import SumOperator
 
         if not isinstance(other, LinearOperator):
-            return NotImplemented
+            self._refuse("-", other)
         return SumOperator([self, other], [1.0, -1.0])
+
+    def __rsub__(self, other: object) -> LinearOperator:
+        """As `__radd__`."""
+        self._refuse("-", other)
+
+    def _refuse(self, sign: str, other: object) -> NoReturn:
+        raise ArgumentTypeError(
+            f"{type(self).__name__} {sign} takes another operator; got {type(other).__name__}. For "
+            "a multiple of the identity write operator.shifted(number), for a matrix "
+            "fm.MatrixOperator(matrix), and for the sum of a list fm.SumOperator(operators)."
+        )
 
     def __mul__(self, factor: float) -> LinearOperator:
         """C A, also written `c * A`."""
         from .sums import SumOperator
 
-        if not isinstance(factor, (int, float)):
-            return NotImplemented
-        return SumOperator([self], [factor])
+        shape = tuple(getattr(factor, "shape", ()))
+        if shape or isinstance(factor, (bool, str)) or not hasattr(factor, "__float__"):
+            raise ArgumentTypeError(
+                f"{type(self).__name__} * takes a number; got {type(factor).__name__}"
+                + (f" of shape {shape}" if shape else "")
+                + ". The product with a vector is written operator @ vector."
+            )
+        return SumOperator([self], [float(factor)])
 
     __rmul__ = __mul__
 
@@ -204,7 +242,7 @@ class LinearOperator(ABC):
         """
         from .sums import SumOperator
 
-        return SumOperator([self], shift=shift)
+        return SumOperator([self], shift=check_number("shifted", "shift", shift))
 
     def to_dense(self, *, progress: bool = True) -> Tensor:
         """The matrix itself, shape (n, n), by a product with each unit vector.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,13 @@ from torch import Tensor, nn
 from ..checks import check_instance
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..vectors import Layout, check_vector, matching
-from .linear import LinearOperator, check_operator
+from .linear import LinearOperator, Reader, check_operator
 
 __all__ = ["BlockOperator", "PreconditionedOperator", "ProjectedOperator"]
 
 
 class _Seen(LinearOperator):
-    """An operator made of another one, whose sessions, data and errors it shares."""
+    """An operator made of another one, whose sessions, data, parameters and errors it shares."""
 
     def __init__(self, operator: LinearOperator, size: int) -> None:
         check_operator(type(self).__name__, operator)
@@ -36,14 +38,28 @@ class _Seen(LinearOperator):
         return self.operator.readings
 
     @property
+    def _readers(self) -> tuple[Reader, ...]:
+        return self.operator._readers
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """The operator's own."""
         return self.operator.notes
 
-    def _inner(self, vectors: Tensor, factor: float = 1.0) -> Tensor:
-        """Products with the operator within, whose errors grow by `factor`."""
+    @property
+    def layout(self) -> Layout | None:
+        """The operator's own."""
+        return self.operator.layout
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter] | None:
+        """The operator's own."""
+        return self.operator.parameters
+
+    def _inner(self, vectors: Tensor) -> Tensor:
+        """Products with the operator within."""
         products = self.operator._products(vectors)
-        self.error, self.floor = factor * self.operator.error, factor * self.operator.floor
+        self.error, self.floor = self.operator.error, self.operator.floor
         return products
 
 
@@ -81,6 +97,11 @@ class BlockOperator(_Seen):
         params: str | Sequence[str] | Callable[[str, nn.Parameter], bool],
     ) -> None:
         check_operator("BlockOperator", operator)
+        if params is None:
+            raise ArgumentTypeError(
+                "BlockOperator takes params as glob patterns on parameter names, or a predicate "
+                "(name, parameter) -> bool; got None. All parameters are the operator itself."
+            )
         layout, parameters = operator.layout, operator.parameters
         if layout is None or parameters is None:
             raise InvalidArgumentError(
@@ -88,7 +109,8 @@ class BlockOperator(_Seen):
                 "does not know of any. Use ProjectedOperator for a subspace of your own."
             )
         chosen = matching(list(parameters.items()), params)
-        self._layout, self._parameters = Layout.of(chosen), chosen
+        # Of the operator's type, which may be wider than that of the block's parameters.
+        self._layout = dataclasses.replace(Layout.of(chosen), dtype=layout.dtype)
         places = [place for name, place in layout.slices() if name in chosen]
         super().__init__(operator, self._layout.size)
         index = torch.arange(operator.shape[0], device=operator.device)
@@ -161,9 +183,10 @@ class ProjectedOperator(_Seen):
             device=operator.device,
             columns=True,
         )
-        q, r = torch.linalg.qr(columns)
-        sizes = r.diagonal().abs()
-        rank = int((sizes > 1e3 * torch.finfo(q.dtype).eps * torch.linalg.matrix_norm(r)).sum())
+        lengths = torch.linalg.vector_norm(columns, dim=0).clamp(min=torch.finfo(self.dtype).tiny)
+        # A short column is as good as a long one.
+        q, r = torch.linalg.qr(columns / lengths)
+        rank = int((r.diagonal().abs() > 1e3 * torch.finfo(q.dtype).eps).sum())
         if columns.shape[1] == 0 or rank < columns.shape[1]:
             raise InvalidArgumentError(
                 f"ProjectedOperator takes linearly independent columns, at most {self.shape[0]}; "
@@ -192,7 +215,8 @@ class PreconditionedOperator(_Seen):
         preconditioner: D as a tensor (n,), or an optimiser that has made a step, from whose state
             it is taken as it is now: √v̂ + ε of Adam, AdamW, NAdam and RAdam (with the bias
             correction; the running maximum with AMSGrad), √v + ε of RMSprop (less the squared
-            mean if centred).
+            mean if centred). What RAdam's rectification multiplies steps by counts as part of
+            its step size.
 
     Attributes:
         operator: as given.
@@ -200,8 +224,10 @@ class PreconditionedOperator(_Seen):
 
     Raises:
         InvalidArgumentError: D has entries that are not positive; the optimiser has made no step
-            yet, does not hold a parameter, or is of another kind; or the operator does not know
-            of parameters.
+            yet, or does not hold a parameter; or the operator does not know of parameters.
+        ArgumentTypeError: the optimiser is of another kind.
+        ShapeError: D has another length.
+        NonFiniteError: NaN or infinity in D.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -237,21 +263,15 @@ class PreconditionedOperator(_Seen):
         if not bool((diagonal > 0).all()):
             raise InvalidArgumentError(
                 f"PreconditionedOperator takes a positive diagonal; the least of its entries is "
-                f"{float(diagonal.min()):.3g}."
+                f"{float(diagonal.min()):.3g}. Add a small number to it, as optimisers add ε."
             )
         self.diagonal = diagonal
         self._scale = diagonal.rsqrt()
-        self._largest = float(1 / diagonal.min())
-
-    @property
-    def layout(self) -> Layout | None:
-        """The operator's own."""
-        return self.operator.layout
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter] | None:
-        """The operator's own."""
-        return self.operator.parameters
+        wide = diagonal.double()
+        self._error_factor = float(1 / wide.min())
+        # Rounding in an entry is as small as the gradients of its parameter, and these are as
+        # small as D. The worst case would be 1 / ε wherever a parameter has no gradient at all.
+        self._floor_factor = float(wide.sum() / wide.square().sum())
 
     @property
     def knows_diagonal(self) -> bool:
@@ -264,7 +284,10 @@ class PreconditionedOperator(_Seen):
         return None if own is None else own / self.diagonal
 
     def _products(self, vectors: Tensor) -> Tensor:
-        return self._inner(vectors * self._scale, self._largest) * self._scale
+        products = self._inner(vectors * self._scale) * self._scale
+        self.error *= self._error_factor
+        self.floor *= self._floor_factor
+        return products
 
 
 def _second_moments(operator: LinearOperator, optimiser: torch.optim.Optimizer) -> Tensor:
@@ -281,33 +304,50 @@ def _second_moments(operator: LinearOperator, optimiser: torch.optim.Optimizer) 
         if id(parameter) not in groups:
             raise InvalidArgumentError(
                 f"The optimiser given to PreconditionedOperator does not hold the parameter "
-                f"{name!r}; leave it out with params=."
+                f"{name!r}: it is that of another model or copy, or of some parameters only. "
+                "Leave out what it does not hold with params=."
             )
         state, group = optimiser.state.get(parameter, {}), groups[id(parameter)]
+        # Before the first step the settings alone tell what kind it is.
+        if not ({"betas", "alpha"} & group.keys() and isinstance(group.get("eps"), (int, float))):
+            raise _unknown(optimiser)
         if not state:
             raise InvalidArgumentError(
                 f"The optimiser given to PreconditionedOperator has made no step for {name!r} "
-                "yet, so there are no second moments."
+                "yet, so there are no second moments. Let it make one, or load its state_dict."
             )
         pieces.append(_preconditioner(state, group, optimiser))
     return layout.flatten(pieces)
 
 
 def _preconditioner(
-    state: dict[str, Tensor], group: dict[str, object], optimiser: torch.optim.Optimizer
+    state: dict[str, Tensor], group: dict[str, Any], optimiser: torch.optim.Optimizer
 ) -> Tensor:
-    eps = float(group["eps"])  # type: ignore[arg-type]
-    if "exp_avg_sq" in state:
-        moments: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"]).detach()
-        step, beta = float(state["step"]), float(group["betas"][1])  # type: ignore[index]
-        corrected: Tensor = (moments / (1 - beta**step)).sqrt() + eps
-        return corrected
-    if "square_avg" in state and "acc_delta" not in state:
-        moments = state["square_avg"].detach()
-        if "grad_avg" in state:
-            moments = moments - state["grad_avg"].detach().square()
-        return moments.clamp(min=0).sqrt() + eps
-    raise ArgumentTypeError(
+    """√v + ε of one parameter, in float32 at least: ε is zero in float16."""
+    eps = float(group["eps"])
+    found: Tensor | None = None
+    if {"exp_avg_sq", "step"} <= state.keys():
+        moments = _wide(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])
+        root = (1 - float(group["betas"][1]) ** float(state["step"])) ** 0.5
+        rooted = isinstance(optimiser, torch.optim.RAdam)
+        found = (moments.sqrt() + eps) / root if rooted else moments.sqrt() / root + eps
+    elif "square_avg" in state and "acc_delta" not in state:
+        moments = _wide(state["square_avg"])
+        if group.get("centered"):
+            moments = moments - _wide(state["grad_avg"]).square()
+        found = moments.clamp(min=0).sqrt() + eps
+    if found is None:
+        raise _unknown(optimiser)
+    return found
+
+
+def _wide(moments: Tensor) -> Tensor:
+    return moments.detach().to(torch.promote_types(moments.dtype, torch.float32))
+
+
+def _unknown(optimiser: torch.optim.Optimizer) -> ArgumentTypeError:
+    return ArgumentTypeError(
         f"PreconditionedOperator knows the state of Adam, AdamW, NAdam, RAdam and RMSprop; got "
-        f"{type(optimiser).__name__}. Give the diagonal as a tensor."
+        f"{type(optimiser).__name__}. Give the diagonal as a tensor (plain gradient descent has "
+        "none: its edge of stability is that of the operator itself)."
     )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DeviceError, InvalidArgumentError, ShapeError
+from ..checks import check_number
+from ..errors import ArgumentTypeError, DeviceError, InvalidArgumentError, ShapeError
 from ..vectors import Layout
-from .linear import LinearOperator, check_operator
+from .linear import LinearOperator, Reader, check_operator
 
 __all__ = ["SumOperator"]
 
@@ -33,6 +33,7 @@ class SumOperator(LinearOperator):
         ShapeError: the sizes differ.
         DeviceError: the devices differ.
         InvalidArgumentError: the types differ, there are none, or a coefficient is not finite.
+        ArgumentTypeError: something is no list, no operator or no number.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -46,24 +47,26 @@ class SumOperator(LinearOperator):
 
     def __init__(
         self,
-        operators: Sequence[LinearOperator],
-        coefficients: Sequence[float] | None = None,
+        operators: Iterable[LinearOperator],
+        coefficients: Iterable[float] | None = None,
         *,
         shift: float = 0.0,
     ) -> None:
+        for name, given in (("operators", operators), ("coefficients", coefficients)):
+            if not (isinstance(given, Iterable) or (given is None and name == "coefficients")):
+                raise ArgumentTypeError(
+                    f"The {name!r} argument of SumOperator must be a list; got "
+                    f"{type(given).__name__}."
+                )
         terms = [check_operator("SumOperator", o) for o in operators]
         if not terms:
             raise InvalidArgumentError("SumOperator needs one operator at least.")
-        factors = [1.0] * len(terms) if coefficients is None else [float(c) for c in coefficients]
+        given_factors = [1.0] * len(terms) if coefficients is None else coefficients
+        factors = [check_number("SumOperator", "coefficients", c) for c in given_factors]
         if len(factors) != len(terms):
             raise InvalidArgumentError(
                 f"SumOperator takes a coefficient for each operator; got {len(factors)} for "
                 f"{len(terms)} operators."
-            )
-        if not all(map(math.isfinite, [*factors, shift])):
-            raise InvalidArgumentError(
-                f"SumOperator takes finite coefficients and a finite shift; got {factors} and "
-                f"{shift}."
             )
         first = terms[0]
         for other in terms[1:]:
@@ -80,9 +83,10 @@ class SumOperator(LinearOperator):
                     f"SumOperator takes operators of one type; got {first!r} and {other!r}."
                 )
         super().__init__(first.shape[0], first.dtype, first.device)
+        self._terms = 0.0
         self.operators: list[LinearOperator] = []
         self.coefficients: list[float] = []
-        self.shift = float(shift)
+        self.shift = check_number("SumOperator", "shift", shift)
         for term, factor in zip(terms, factors, strict=True):
             if isinstance(term, SumOperator):
                 self.operators += term.operators
@@ -102,8 +106,12 @@ class SumOperator(LinearOperator):
 
     @property
     def readings(self) -> int:
-        """How often the data of all have been read anew."""
-        return sum(operator.readings for operator in self.operators)
+        """How often the data of all have been read anew; those of one objective count once."""
+        return sum(reader.readings for reader in self._readers)
+
+    @property
+    def _readers(self) -> tuple[Reader, ...]:
+        return tuple({id(r): r for o in self.operators for r in o._readers}.values())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -138,9 +146,17 @@ class SumOperator(LinearOperator):
 
     def _products(self, vectors: Tensor) -> Tensor:
         total = vectors * self.shift
-        for factor, operator in zip(self.coefficients, self.operators, strict=True):
-            total.add_(operator._products(vectors), alpha=factor)
+        lengths = torch.linalg.vector_norm(vectors, dim=1)
+        terms = lengths * abs(self.shift)
         pairs = list(zip(self.coefficients, self.operators, strict=True))
+        for factor, operator in pairs:
+            products = operator._products(vectors)
+            total.add_(products, alpha=factor)
+            terms = terms + abs(factor) * torch.linalg.vector_norm(products, dim=1)
+        # Terms may cancel, and leave the rounding of each.
+        sizes = terms / lengths.clamp(min=torch.finfo(self.dtype).tiny)
+        self._terms = max(self._terms, float(sizes.max()))
         self.error = sum(abs(c) * o.error for c, o in pairs)
         self.floor = sum(abs(c) * o.floor for c, o in pairs)
+        self.floor += 10 * torch.finfo(self.dtype).eps * self._terms
         return total
