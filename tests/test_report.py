@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.report import MEASURES
+from flatminima.report.sharpness import MEASURES
 from integrity import untouched
 from zoo import build
 

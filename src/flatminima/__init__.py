@@ -50,7 +50,8 @@ from .operators.hessian import HessianOperator
 from .operators.linear import LinearOperator
 from .operators.restricted import BlockOperator, PreconditionedOperator, ProjectedOperator
 from .operators.sums import SumOperator
-from .report import Measurement, SharpnessReport, sharpness
+from .report.result import Measurement, SharpnessReport
+from .report.sharpness import sharpness
 from .results import Estimate, Outcome, Result, Table
 from .weights import token_weight
 
