@@ -56,7 +56,7 @@ from .results import Estimate, Outcome, Result, Table
 from .weights import token_weight
 
 if TYPE_CHECKING:
-    from .plotting import plot
+    from .plotting.plot import plot
 
 __version__ = "0.1.0"
 
@@ -135,7 +135,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # matplotlib is loaded only by whoever draws.
     if name == "plot":
-        from .plotting import plot
+        from .plotting.plot import plot
 
         return plot
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
