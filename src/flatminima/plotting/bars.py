@@ -14,7 +14,7 @@ from ..estimators.result import TraceResult
 from ..measures.layerwise import LayerwiseResult
 from ..measures.random_sharpness import RandomSharpnessResult
 from ..report.result import SharpnessReport
-from .axes import BLUE, GREY, SERIES, VERMILLION, finite, new_axis, stacked_axes
+from .axes import BLUE, GREEN, GREY, SERIES, VERMILLION, finite, new_axis, stacked_axes
 
 __all__ = [
     "draw_comparison",
@@ -63,13 +63,14 @@ def draw_layers(result: LayerwiseResult, ax: Axes | None) -> Axes:
     eigenvalues = [(v.eigenvalue, v.residual) for v in layers]
     top = Column("largest eigenvalue", eigenvalues, VERMILLION)
     _module_bars(axis, [layer.name for layer in layers], [traces, top])
+    axis.set_ylabel("module")
     axis.set_xlabel("of the Hessian's diagonal block")
     return axis
 
 
 def draw_trace(result: TraceResult, ax: Axes | None) -> Axes:
     """What each module has of the trace, or the whole where no modules are known."""
-    traces = {"trace": result}
+    traces = {"": result}
     shown = _shown(traces)
     axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(shown))
     _draw_traces(axis, traces, shown)
@@ -77,7 +78,7 @@ def draw_trace(result: TraceResult, ax: Axes | None) -> Axes:
 
 
 class Column(NamedTuple):
-    """A number of each module, with the colour of its bars."""
+    """A number of each module, with the colour of its bars, and its name where it needs one."""
 
     label: str
     pairs: Sequence[tuple[float, float]]
@@ -103,9 +104,9 @@ def _module_bars(axis: Axes, names: Sequence[str], columns: Sequence[Column]) ->
         axis.set_xscale("symlog", linthresh=max(min(sizes), 1e-3 * max(sizes)))
         axis.axvline(0, color=GREY, linewidth=0.8)
     axis.set_yticks(places, _short(names), fontsize="small")
-    axis.invert_yaxis()
-    axis.set_ylabel("module")
-    if len(columns) > 1:
+    # The first at the top, and little room around many.
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    if columns[0].label:
         axis.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize="small"
         )
@@ -113,7 +114,11 @@ def _module_bars(axis: Axes, names: Sequence[str], columns: Sequence[Column]) ->
 
 def _short(names: Sequence[str]) -> list[str]:
     """Long names by their ends, as long as these tell them apart."""
-    short = [name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}" for name in names]
+    short = []
+    for name in names:
+        end = name[1 - LONGEST :]
+        # From the beginning of one of its parts, where there is one.
+        short.append(name if len(name) <= LONGEST else f"…{end[end.find('.') + 1 :]}")
     chosen = short if len(set(short)) == len(set(names)) else names
     return [name or "(own)" for name in chosen]
 
@@ -131,17 +136,20 @@ def _shown(traces: Mapping[str, TraceResult]) -> list[str]:
 
 def _draw_traces(axis: Axes, traces: Mapping[str, TraceResult], shown: Sequence[str]) -> None:
     columns = []
-    for (label, found), color in zip(traces.items(), SERIES, strict=False):
+    # Vermillion is for negative numbers beside this.
+    for (label, found), color in zip(traces.items(), (BLUE, GREEN), strict=False):
         blocks = {b.name: (b.value, b.standard_error) for b in found.modules}
         blocks[WHOLE] = found.value, found.standard_error
         missing = math.nan, math.nan
         columns.append(Column(label, [blocks.get(name, missing) for name in shown], color))
     _module_bars(axis, shown, columns)
     count = max(len(found.modules) for found in traces.values())
-    axis.set_xlabel(
-        "trace of the module's diagonal block"
-        + (f" (the {len(shown)} largest of {count} modules)" if count > len(shown) else "")
-    )
+    if count == 0:
+        axis.set_xlabel("trace")
+        return
+    axis.set_ylabel("module")
+    rest = f"\n(the {len(shown)} largest of {count} modules)" if count > len(shown) else ""
+    axis.set_xlabel(f"trace of the module's diagonal block{rest}")
 
 
 def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
