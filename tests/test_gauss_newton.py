@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -423,6 +424,27 @@ def test_log_probabilities_have_a_fisher_matrix_and_no_gauss_newton_matrix():
     with pytest.warns(fm.FlatMinimaWarning, match="linear in the model's outputs"):
         zero = fm.GaussNewtonOperator(logs).to_dense()
     assert not zero.any()
+
+
+def test_a_loss_that_is_linear_on_some_batches_alone_is_not_called_so():
+    def clipped(output, target):
+        return F.huber_loss(output, target, delta=0.1)
+
+    x = seeded(8, 2)
+    net = small_net()
+    near = net(x).detach() + 0.01
+    far = near + 5
+    for targets, linear in (((far, near), False), ((near, far), False), ((far, far), True)):
+        objective = fm.Objective(net, clipped, [(x, y) for y in targets])
+        operator = fm.GaussNewtonOperator(objective)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            product = operator @ seeded(operator.shape[0])
+            operator @ seeded(operator.shape[0])
+            operator.exact_diagonal()
+        assert len(caught) == linear
+        assert bool(product.any()) != linear
+        assert any("linear" in note for note in operator.notes) == linear
 
 
 # ------------------------------------------------------------------------------ the diagonal
