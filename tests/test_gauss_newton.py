@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
@@ -81,6 +82,33 @@ def test_gauss_newton_equals_the_dense_one(name, dtype):
     if name in APPROXIMATE:
         allowed = max(allowed, 10 * operator.error * math.sqrt(len(expected)))
     assert float((matrix.double() - expected).norm()) <= allowed
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, d in WITH_OUTPUTS if n not in WITHOUT_ORACLE and d is torch.float64]
+)
+def test_the_report_agrees_with_the_dense_one(name):
+    case = build(name)
+    with contextlib.nullcontext() if name not in APPROXIMATE else pytest.warns():
+        report = fm.sharpness(
+            case.model,
+            case.loss_fn,
+            case.batches,
+            measures="gauss_newton",
+            trace_products=20,
+            params=case.params,
+            weight=case.weight,
+            mode=case.mode,
+        )
+    dense = oracle(name, torch.float64)
+    values = torch.linalg.eigvalsh((dense + dense.T) / 2)
+    rounding = 1e-6 * float(values[-1]) if name in APPROXIMATE else 1e-9 * float(values[-1])
+    (largest,) = report.gauss_newton_largest.eigenvalues.tolist()
+    residual = float(report.gauss_newton_largest.residuals[0])
+    assert abs(largest - float(values[-1])) <= residual + rounding
+    trace = report.gauss_newton_trace
+    missed = abs(trace.value - float(values.sum()))
+    assert missed <= 4 * trace.standard_error + len(values) * rounding
 
 
 @pytest.mark.parametrize("name", sorted(n for n in WITHOUT_ORACLE))
