@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import matplotlib.pyplot as plt
@@ -572,6 +573,45 @@ def test_negative_numbers_are_told_from_positive_ones():
     assert labels == ["loss L(θ)", "−(trace of the Hessian)"]
     colors = [to_hex(bar.get_facecolor()) for bar in axis.patches]
     assert len(set(colors)) == 2
+
+
+def numbers_on(axis: Axes) -> list[str]:
+    """The labels that are seen on the axis at the bottom."""
+    low, high = axis.get_xlim()
+    ticks = [*axis.xaxis.get_major_ticks(), *axis.xaxis.get_minor_ticks()]
+    labels = [t.label1 for t in ticks if low <= t.get_loc() <= high]
+    return [label.get_text() for label in labels if label.get_text()]
+
+
+def apart(axis: Axes) -> bool:
+    """Whether the labels at the bottom leave each other room."""
+    ticks = [*axis.xaxis.get_major_ticks(), *axis.xaxis.get_minor_ticks()]
+    low, high = axis.get_xlim()
+    shown = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+    boxes = sorted((b.x0, b.x1) for b in (label.get_window_extent() for label in shown))
+    return all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1.0, 2.0),
+        (0.7, 8.0),
+        (0.3, 20.0),
+        (1e-4, 1e3),
+        (-0.02, 1.7),
+        (-300.0, 0.1),
+        (0.0, 4.0),
+        (-5.0, 4.0),
+    ],
+)
+def test_labels_of_numbers_are_apart_and_more_than_one(values):
+    axis = drawn(modules(*zip("ab", values, strict=True), error=0.0))
+    assert apart(axis)
+    assert len(numbers_on(axis)) >= 2
+    axis = drawn(bare(loss=abs(values[0]), gradient_norm=values[1]))
+    assert apart(axis)
+    assert len(numbers_on(axis)) >= (2 if values[0] else 1)
 
 
 @pytest.mark.parametrize("loss", [0.0, NAN, INF, 1e-300])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator
 
 from ..comparison import Comparison
 from ..estimators.result import TraceResult
@@ -100,8 +101,15 @@ def _module_bars(axis: Axes, names: Sequence[str], columns: Sequence[Column]) ->
     if sizes and min(numbers) > 0:
         axis.set_xscale("log")
         axis.set_xlim(left=min(sizes) / 3)
+        _label_few_decades(axis)
     elif sizes:
-        axis.set_xscale("symlog", linthresh=max(min(sizes), 1e-3 * max(sizes)))
+        least = math.floor(math.log10(max(min(sizes), 1e-3 * max(sizes))))
+        axis.set_xscale("symlog", linthresh=10.0**least, linscale=0.5)
+        most = math.ceil(math.log10(max(sizes))) + 1
+        # The least lies close to zero where there are many.
+        last = least - 1 if most - least <= 3 else least
+        decades = 10.0 ** np.arange(most, last, -math.ceil((most - least) / 4))
+        axis.xaxis.set_major_locator(FixedLocator([*-decades, 0.0, *decades]))
         axis.axvline(0, color=GREY, linewidth=0.8)
     axis.set_yticks(places, _short(names), fontsize="small")
     # The first at the top, and little room around many.
@@ -178,11 +186,21 @@ def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
     axis.set_yticks(places, labels, fontsize="small")
     axis.invert_yaxis()
     axis.set_xlabel("value (each measure in its own unit)")
+    _label_few_decades(axis)
     axis.set_title(
         f"{result.model}: {result.parameters} parameters, {result.examples} examples",
         fontsize="medium",
     )
     return axis
+
+
+def _label_few_decades(axis: Axes) -> None:
+    """Label ticks between powers of ten: some within two decades, within half of one all."""
+    low, high = axis.get_xlim()
+    few, fewest = high < 100 * low, high < 3 * low
+    if few:
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if fewest or (few and _leads(v)) else "")
 
 
 def _leads(value: float) -> bool:
@@ -213,9 +231,7 @@ def draw_comparison(result: Comparison, ax: Axes | None) -> Axes:
     axis.set_yticks(places, [name for _, name in shown], fontsize="small")
     axis.invert_yaxis()
     axis.set_xlabel(f"ratio to {result.labels[0]} (logarithmic)")
-    low, high = axis.get_xlim()
-    few = high / low < 30
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if few and _leads(v) else "")
+    _label_few_decades(axis)
     axis.legend(frameon=False, fontsize="small")
     return axis
