@@ -549,6 +549,12 @@ def test_unknown_measure_is_refused_with_the_nearest(measure, near, case):
         fm.sharpness(case.model, case.loss_fn, case.batches, measures=["trace", measure])
 
 
+@pytest.mark.parametrize("measure", [["trace"], None, 3])
+def test_something_that_is_no_name_is_refused(measure, case):
+    with pytest.raises((fm.InvalidArgumentError, fm.ArgumentTypeError), match="'measures'"):
+        fm.sharpness(case.model, case.loss_fn, case.batches, measures=[measure])
+
+
 @pytest.mark.parametrize(
     ("argument", "value"), [("eigenvalues", 0), ("trace_products", 1), ("samples", 0)]
 )

@@ -133,9 +133,11 @@ def sharpness(
         raise ArgumentTypeError(
             f"The 'measures' argument of sharpness must be a list of names; got {measures!r}."
         )
-    chosen = {m for m in MEASURES if m not in ON_REQUEST} if measures is None else set(measures)
-    for name in chosen:
+    default = [name for name in MEASURES if name not in ON_REQUEST]
+    named = default if measures is None else list(measures)
+    for name in named:
         check_choice(call, "measures", name, MEASURES)
+    chosen = set(named)
     if "density" in chosen:
         chosen.add("eigenvalues")
     check_integer(call, "eigenvalues", eigenvalues, low=1)
@@ -193,11 +195,12 @@ def sharpness(
         with hessian.session():
             loss = objective.loss()
             for name in names:
-                bar.set_postfix_str(name, refresh=False)
                 if name != "gauss_newton":
+                    bar.set_postfix_str(name, refresh=False)
                     fields |= fields_of(name)
                     bar.update()
         if gauss_newton is not None:
+            bar.set_postfix_str("gauss_newton", refresh=False)
             asked = measures is not None
             fields |= _gauss_newton(gauss_newton, trace_products, asked=asked, **shared)
             bar.update()
