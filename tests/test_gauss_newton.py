@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -80,6 +82,33 @@ def test_gauss_newton_equals_the_dense_one(name, dtype):
     if name in APPROXIMATE:
         allowed = max(allowed, 10 * operator.error * math.sqrt(len(expected)))
     assert float((matrix.double() - expected).norm()) <= allowed
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, d in WITH_OUTPUTS if n not in WITHOUT_ORACLE and d is torch.float64]
+)
+def test_the_report_agrees_with_the_dense_one(name):
+    case = build(name)
+    with contextlib.nullcontext() if name not in APPROXIMATE else pytest.warns():
+        report = fm.sharpness(
+            case.model,
+            case.loss_fn,
+            case.batches,
+            measures="gauss_newton",
+            trace_products=20,
+            params=case.params,
+            weight=case.weight,
+            mode=case.mode,
+        )
+    dense = oracle(name, torch.float64)
+    values = torch.linalg.eigvalsh((dense + dense.T) / 2)
+    rounding = 1e-6 * float(values[-1]) if name in APPROXIMATE else 1e-9 * float(values[-1])
+    (largest,) = report.gauss_newton_largest.eigenvalues.tolist()
+    residual = float(report.gauss_newton_largest.residuals[0])
+    assert abs(largest - float(values[-1])) <= residual + rounding
+    trace = report.gauss_newton_trace
+    missed = abs(trace.value - float(values.sum()))
+    assert missed <= 4 * trace.standard_error + len(values) * rounding
 
 
 @pytest.mark.parametrize("name", sorted(n for n in WITHOUT_ORACLE))
@@ -423,6 +452,27 @@ def test_log_probabilities_have_a_fisher_matrix_and_no_gauss_newton_matrix():
     with pytest.warns(fm.FlatMinimaWarning, match="linear in the model's outputs"):
         zero = fm.GaussNewtonOperator(logs).to_dense()
     assert not zero.any()
+
+
+def test_a_loss_that_is_linear_on_some_batches_alone_is_not_called_so():
+    def clipped(output, target):
+        return F.huber_loss(output, target, delta=0.1)
+
+    x = seeded(8, 2)
+    net = small_net()
+    near = net(x).detach() + 0.01
+    far = near + 5
+    for targets, linear in (((far, near), False), ((near, far), False), ((far, far), True)):
+        objective = fm.Objective(net, clipped, [(x, y) for y in targets])
+        operator = fm.GaussNewtonOperator(objective)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            product = operator @ seeded(operator.shape[0])
+            operator @ seeded(operator.shape[0])
+            operator.exact_diagonal()
+        assert len(caught) == linear
+        assert bool(product.any()) != linear
+        assert any("linear" in note for note in operator.notes) == linear
 
 
 # ------------------------------------------------------------------------------ the diagonal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 import flatminima as fm
-from flatminima import plotting
+from flatminima.plotting.plot import plot
 
 NAN, INF = math.nan, math.inf
 
@@ -87,6 +88,22 @@ LAYERS = layers(
     layer("", trace=-3.0), layer("encoder.0", eigenvalue=-0.2), layer("head", 100.0, 5.0, 40.0)
 )
 
+
+def modules(*values: tuple[str, float], error: float = 0.125) -> fm.TraceResult:
+    """A trace with the traces of these modules."""
+    blocks = tuple(fm.BlockTrace(name, 3, value, error) for name, value in values)
+    whole = sum(value for _, value in values)
+    return fm.TraceResult(whole, 1.0, 30, 10, fm.Outcome.COMPLETED, modules=blocks)
+
+
+TRACE = modules(("", 0.5), ("encoder.0", -2.0), ("head", 100.0))
+NET = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+for parameter in NET.parameters():
+    nn.init.constant_(parameter, 0.25)
+DEEP = fm.sharpness(
+    NET, nn.MSELoss(), DATA, measures=["trace", "density", "gauss_newton"], trace_products=4
+)
+
 RESULTS = {
     "interpolation": interpolation(),
     "the paper's figure": PAPER,
@@ -101,6 +118,9 @@ RESULTS = {
     "report": REPORT,
     "comparison": COMPARISON,
     "layers": LAYERS,
+    "trace": TRACE,
+    "trace of a matrix": fm.trace(MATRIX, products=2),
+    "report of several modules": DEEP,
 }
 
 every = pytest.mark.parametrize("name", RESULTS)
@@ -164,7 +184,7 @@ def test_picture_of_a_result_read_back_from_json(name):
 
 
 @pytest.mark.parametrize(
-    "thing", [None, 3, [1.0, 2.0], EIGEN.eigenvalues, fm.trace(MATRIX, products=2), "report"]
+    "thing", [None, 3, [1.0, 2.0], EIGEN.eigenvalues, fm.diagonal(MATRIX, products=2), "report"]
 )
 def test_something_without_a_picture_is_refused_by_name(thing):
     with pytest.raises(fm.ArgumentTypeError, match=f"plot draws .*got {type(thing).__name__}"):
@@ -183,8 +203,8 @@ def test_figure_in_place_of_an_axis_is_refused():
         fm.plot(EIGEN, ax=plt.figure())
 
 
-def test_public_name_is_the_function_of_the_plotting_file():
-    assert fm.plot is plotting.plot
+def test_public_name_is_the_function_of_the_plotting_room():
+    assert fm.plot is plot
 
 
 # ----------------------------------------------------------------------------- interpolation
@@ -413,7 +433,110 @@ def test_layers_that_were_measured_can_be_drawn():
     assert axis.patches[0].get_width() == result.layers[0].trace
 
 
+# ------------------------------------------------------------------------- traces of modules
+
+
+def widths(axis: Axes) -> list[list[float]]:
+    return [[bar.get_width() for bar in c] for c in axis.containers if hasattr(c, "patches")]
+
+
+def names_at(axis: Axes) -> list[str]:
+    return [t.get_text() for t in axis.get_yticklabels()]
+
+
+def test_every_module_of_a_trace_has_a_bar_with_its_error():
+    axis = drawn(TRACE)
+    assert names_at(axis) == ["(own)", "encoder.0", "head"]
+    assert widths(axis) == [[0.5, -2.0, 100.0]]
+    segments = sorted(tuple(s[:, 0]) for c in axis.collections for s in c.get_segments())
+    assert segments == [(-2.125, -1.875), (0.375, 0.625), (99.875, 100.125)]
+    assert axis.yaxis_inverted()
+    assert axis.get_legend() is None
+    assert axis.get_xscale() == "symlog"
+    assert drawn(modules(("a", 1.0), ("b", 1e4))).get_xscale() == "log"
+
+
+def test_trace_without_modules_is_one_bar():
+    axis = drawn(RESULTS["trace of a matrix"])
+    assert names_at(axis) == ["(all parameters)"]
+    assert widths(axis) == [[RESULTS["trace of a matrix"].value]]
+    assert axis.get_xlabel() == "trace"
+
+
+def test_only_the_largest_modules_are_drawn_in_the_order_of_the_model():
+    many = [(f"layers.{i}", (-1.0) ** i * (i * 7 % 31 + 1)) for i in range(31)]
+    axis = drawn(modules(*many))
+    largest = {name for name, value in many if abs(value) > 11}
+    assert names_at(axis) == [name for name, _ in many if name in largest]
+    assert len(largest) == 20
+    assert "(the 20 largest of 31 modules)" in axis.get_xlabel()
+    assert "largest" not in drawn(modules(*many[:20])).get_xlabel()
+
+
+def test_long_names_are_shown_by_their_ends_unless_these_are_alike():
+    long = "transformer.encoder.layers.{}.attention.self.query"
+    axis = drawn(modules((long.format(0), 1.0), (long.format(11), 2.0), ("head", 3.0)))
+    assert names_at(axis) == [
+        "…layers.0.attention.self.query",
+        "…layers.11.attention.self.query",
+        "head",
+    ]
+    alike = [f"{side}.blocks.first_of_them.attention.self.query" for side in ("left", "right")]
+    assert names_at(drawn(modules((alike[0], 1.0), (alike[1], 2.0)))) == alike
+    assert names_at(drawn(modules((60 * "x", 1.0), ("y", 2.0)))) == ["…" + 35 * "x", "y"]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, 0.0])
+def test_traces_of_any_kind_can_be_drawn(bad):
+    axis = drawn(modules(("a", bad), ("b", 1.0), error=NAN))
+    assert all(map(math.isfinite, axis.get_xlim()))
+    assert names_at(axis) == ["a", "b"]
+
+
 # -------------------------------------------------------------------------------------- report
+
+
+def test_report_has_the_traces_of_its_modules_below():
+    axis = drawn(DEEP)
+    first, below = axis.figure.axes
+    assert first is axis
+    assert names_at(below) == ["0", "2"]
+    assert widths(below) == [
+        [block.value for block in DEEP.trace.modules],
+        [block.value for block in DEEP.gauss_newton_trace.modules],
+    ]
+    texts = [t.get_text() for t in below.get_legend().get_texts()]
+    assert texts == ["Hessian", "Gauss–Newton matrix"]
+    for pair in spans(below):
+        for (low, high), tick in zip(pair, below.get_yticks(), strict=True):
+            assert tick - 0.5 < low < high < tick + 0.5
+
+
+def spans(axis: Axes) -> list[list[tuple[float, float]]]:
+    """Where bars begin and end on the upright axis."""
+    return [
+        [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in c]
+        for c in axis.containers
+        if hasattr(c, "patches")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "label"), [("trace", "Gauss–Newton matrix"), ("gauss_newton_trace", "Hessian")]
+)
+def test_one_trace_says_whose_it_is(field, label):
+    _, below = drawn(dataclasses.replace(DEEP, **{field: None})).figure.axes
+    assert [t.get_text() for t in below.get_legend().get_texts()] == [label]
+    assert len(widths(below)) == 1
+
+
+def test_report_has_one_axis_where_modules_add_nothing():
+    assert len(drawn(REPORT).figure.axes) == 1
+    bare_of_traces = dataclasses.replace(DEEP, trace=None, gauss_newton_trace=None)
+    assert len(drawn(bare_of_traces).figure.axes) == 1
+    figure, axis = plt.subplots()
+    drawn(DEEP, ax=axis)
+    assert figure.axes == [axis]
 
 
 def bare(**changes) -> fm.SharpnessReport:
@@ -426,6 +549,8 @@ def bare(**changes) -> fm.SharpnessReport:
             "largest": None,
             "smallest": None,
             "trace": None,
+            "gauss_newton_largest": None,
+            "gauss_newton_trace": None,
         }
         | changes,
     )
@@ -448,6 +573,45 @@ def test_negative_numbers_are_told_from_positive_ones():
     assert labels == ["loss L(θ)", "−(trace of the Hessian)"]
     colors = [to_hex(bar.get_facecolor()) for bar in axis.patches]
     assert len(set(colors)) == 2
+
+
+def numbers_on(axis: Axes) -> list[str]:
+    """The labels that are seen on the axis at the bottom."""
+    low, high = axis.get_xlim()
+    ticks = [*axis.xaxis.get_major_ticks(), *axis.xaxis.get_minor_ticks()]
+    labels = [t.label1 for t in ticks if low <= t.get_loc() <= high]
+    return [label.get_text() for label in labels if label.get_text()]
+
+
+def apart(axis: Axes) -> bool:
+    """Whether the labels at the bottom leave each other room."""
+    ticks = [*axis.xaxis.get_major_ticks(), *axis.xaxis.get_minor_ticks()]
+    low, high = axis.get_xlim()
+    shown = [t.label1 for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+    boxes = sorted((b.x0, b.x1) for b in (label.get_window_extent() for label in shown))
+    return all(one[1] < other[0] for one, other in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1.0, 2.0),
+        (0.7, 8.0),
+        (0.3, 20.0),
+        (1e-4, 1e3),
+        (-0.02, 1.7),
+        (-300.0, 0.1),
+        (0.0, 4.0),
+        (-5.0, 4.0),
+    ],
+)
+def test_labels_of_numbers_are_apart_and_more_than_one(values):
+    axis = drawn(modules(*zip("ab", values, strict=True), error=0.0))
+    assert apart(axis)
+    assert len(numbers_on(axis)) >= 2
+    axis = drawn(bare(loss=abs(values[0]), gradient_norm=values[1]))
+    assert apart(axis)
+    assert len(numbers_on(axis)) >= (2 if values[0] else 1)
 
 
 @pytest.mark.parametrize("loss", [0.0, NAN, INF, 1e-300])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.report import MEASURES
+from flatminima.report.sharpness import MEASURES
 from integrity import untouched
 from zoo import build
 
@@ -79,6 +79,41 @@ def test_trace_is_that_of_the_function(report, objective):
     assert report.trace == fm.trace(fm.HessianOperator(objective), products=10, seed=3)
 
 
+def test_gauss_newton_is_that_of_its_operator(report, objective):
+    operator = fm.GaussNewtonOperator(objective)
+    largest = fm.lanczos(operator, tol=1e-4, seed=3)
+    assert report.gauss_newton_largest == largest.without_vectors()
+    assert report.gauss_newton_trace == fm.trace(operator, products=10, seed=3)
+    exact = torch.linalg.eigvalsh(operator.to_dense())
+    assert float(largest.eigenvalues[0]) == pytest.approx(float(exact[-1]), rel=2e-4)
+    missed = abs(report.gauss_newton_trace.value - float(exact.sum()))
+    assert missed <= 4 * report.gauss_newton_trace.standard_error
+
+
+def test_density_has_the_eigenvalues_of_the_report_taken_out(case, report, objective):
+    found = fm.sharpness(case.model, case.loss_fn, case.batches, measures=["density"], seed=3)
+    # They come with it, so that a subset of the measures gives the same numbers.
+    assert (found.largest, found.smallest) == (report.largest, report.smallest)
+    operator = fm.HessianOperator(objective)
+    pairs = fm.lanczos(operator, k=(3, 1), which="BE", tol=1e-4, basis_size=30, seed=3)
+    assert found.density == fm.spectral_density(operator, outliers=pairs, seed=3)
+    kept = torch.cat([report.largest.eigenvalues, report.smallest.eigenvalues])
+    torch.testing.assert_close(found.density.eigenvalues, kept, rtol=1e-6, atol=1e-8)
+    own = found.density.probes * found.density.steps
+    assert own < found.density.products <= own + 4
+    exact = torch.linalg.eigvalsh(operator.to_dense())
+    rank = float((exact / exact.abs().max()).square().sum())
+    estimate = found.density.stable_rank()
+    assert abs(estimate.value - rank) <= 4 * estimate.standard_error
+
+
+def test_traces_of_modules_come_with_both_traces(report):
+    for found in (report.trace, report.gauss_newton_trace):
+        assert [block.name for block in found.modules] == ["0", "1", "4"]
+        total = sum(block.value for block in found.modules)
+        assert total == pytest.approx(found.value, rel=1e-9)
+
+
 def test_subspace_is_a_hundred_where_there_is_room():
     model = nn.Linear(30, 4)
     data = torch.linspace(-1, 1, 240).reshape(8, 30).sin(), torch.ones(8, 4)
@@ -109,10 +144,16 @@ FIELDS = {
     "random_sharpness": ["random_sharpness"],
     "eigenvalues": ["largest", "smallest"],
     "trace": ["trace"],
+    "gauss_newton": ["gauss_newton_largest", "gauss_newton_trace"],
 }
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_but_the_density_is_taken_unless_told(report):
+    assert set(FIELDS) == set(MEASURES) - {"density"}
+    assert report.density is None
+
+
+@pytest.mark.parametrize("measure", FIELDS)
 def test_a_measure_alone_gives_the_same_number(measure, case, report):
     alone = fm.sharpness(
         case.model, case.loss_fn, case.batches, measures=[measure], seed=3, trace_products=10
@@ -138,20 +179,23 @@ def test_counts_are_passed_on(case):
         case.model,
         case.loss_fn,
         case.batches,
-        measures=["eigenvalues", "trace", "random_sharpness"],
+        measures=["eigenvalues", "trace", "random_sharpness", "gauss_newton"],
         eigenvalues=5,
         trace_products=4,
         samples=2,
     )
     assert len(report.largest.eigenvalues) == 5
-    assert report.trace.products == 4
+    assert report.trace.products == report.gauss_newton_trace.products == 4
     assert report.random_sharpness.samples == 2
 
 
 def test_tiny_models_have_as_many_eigenvalues_as_parameters():
     model = nn.Linear(1, 1)
-    report = fm.sharpness(model, nn.MSELoss(), (torch.ones(3, 1), torch.zeros(3, 1)))
+    data = torch.ones(3, 1), torch.zeros(3, 1)
+    report = fm.sharpness(model, nn.MSELoss(), data, measures=MEASURES)
     assert len(report.largest.eigenvalues) == 2
+    # Nothing but these is left of the density.
+    assert (report.density.steps, len(report.density.eigenvalues)) == (0, 2)
     assert [r.subspace for r in report.epsilon_sharpness] == [None, None, 2, 2]
 
 
@@ -174,6 +218,81 @@ def test_batch_loss_takes_the_place_of_the_criterion():
     assert report.trace == fm.trace(fm.HessianOperator(case.objective()), products=3)
 
 
+def test_batch_loss_leaves_gauss_newton_out_and_says_so():
+    case = build("mapping_batches")
+    call = {"data": case.batches, "batch_loss": case.batch_loss, "trace_products": 3}
+    report = fm.sharpness(case.model, **call)
+    assert (report.gauss_newton_largest, report.gauss_newton_trace) == (None, None)
+    assert "The Gauss–Newton matrix is left out, as batch_loss=" in report.notes[-1]
+    named = fm.sharpness(case.model, **call, measures=["trace"])
+    assert named.notes == ()
+    with pytest.raises(fm.InvalidArgumentError, match="GaussNewtonOperator looks between"):
+        fm.sharpness(case.model, **call, measures=["trace", "gauss_newton"])
+
+
+class Logs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.net(x).log_softmax(1)
+
+
+LOGS = torch.linspace(-1, 1, 18).reshape(6, 3).sin(), torch.arange(6) % 3
+
+
+def test_linear_loss_is_told_in_a_note():
+    report = fm.sharpness(Logs(), nn.NLLLoss(), LOGS, trace_products=4)
+    assert report.gauss_newton_trace.value == 0
+    assert float(report.gauss_newton_largest.eigenvalues[0]) == 0
+    (note,) = report.notes
+    assert note.startswith("The loss is linear in the model's outputs")
+    assert report.gauss_newton_trace.notes == (note,)
+
+
+def test_linear_loss_is_warned_of_where_gauss_newton_was_asked_for():
+    with pytest.warns(fm.FlatMinimaWarning, match="linear in the model's outputs") as caught:
+        fm.sharpness(Logs(), nn.NLLLoss(), LOGS, trace_products=4, measures="gauss_newton")
+    assert len(caught) == 1
+
+
+def test_loss_that_is_not_convex_is_noted():
+    def wave(output, target):
+        return torch.cos(output - target).mean()
+
+    data = LOGS[0], torch.zeros(6, 3)
+    report = fm.sharpness(Logs(), wave, data, trace_products=4, measures="gauss_newton")
+    assert report.notes == report.gauss_newton_trace.notes
+    assert "not positive semi-definite" in report.notes[0]
+    assert report.gauss_newton_trace.value < 0
+
+
+def test_the_operators_keep_their_graphs_one_after_the_other(case, monkeypatch):
+    kept = []
+
+    def looked_at(function):
+        def call(operator, **options):
+            held = [o.kept_bytes for o in made if o is not operator]
+            found = function(operator, **options)
+            kept.append((operator.kept_bytes > 0, sum(held)))
+            return found
+
+        return call
+
+    made = []
+    for name in ("HessianOperator", "GaussNewtonOperator"):
+        kind = getattr(fm, name)
+        monkeypatch.setattr(
+            f"flatminima.report.sharpness.{name}",
+            lambda objective, kind=kind: made.append(kind(objective)) or made[-1],
+        )
+    monkeypatch.setattr("flatminima.report.sharpness.trace", looked_at(fm.trace))
+    fm.sharpness(case.model, case.loss_fn, case.batches, trace_products=4)
+    assert kept == [(True, 0), (True, 0)]
+
+
 def test_weight_of_the_user_counts(case):
     report = fm.sharpness(
         case.model,
@@ -191,7 +310,7 @@ def test_weight_of_the_user_counts(case):
 
 def test_every_measurement_is_a_line_of_the_table(report):
     lines = report.measurements()
-    assert len(lines) == 2 + 4 + 1 + 3 + 1 + 1
+    assert len(lines) == 2 + 4 + 1 + 3 + 1 + 1 + 2
     rows = report.table().rows
     assert [row[0] for row in rows] == [line.name for line in lines]
     assert len({line.name for line in lines}) == len(lines)
@@ -201,6 +320,8 @@ def test_every_measurement_is_a_line_of_the_table(report):
 def test_errors_say_what_they_are(report):
     kinds = {line.name: line.error_kind for line in report.measurements()}
     assert kinds["trace of the Hessian"] == "standard error"
+    assert kinds["trace of the Gauss–Newton matrix"] == "standard error"
+    assert kinds["λ₁ largest eigenvalue (Gauss–Newton)"] == "residual"
     assert kinds["λ₁ largest eigenvalue"] == kinds["λₙ smallest eigenvalue"] == "residual"
     assert kinds["random-perturbation sharpness, ε = 0.001"] == "std"
     assert kinds["loss L(θ)"] == ""
@@ -217,6 +338,23 @@ def test_measurements_carry_the_numbers_of_their_results(report):
     assert second.value == report.largest.eigenvalues[1]
     assert second.error == report.largest.residuals[1]
     assert lines["trace of the Hessian"].error == report.trace.standard_error
+    trace = lines["trace of the Gauss–Newton matrix"]
+    assert trace.value == report.gauss_newton_trace.value
+    assert trace.error == report.gauss_newton_trace.standard_error
+    top = lines["λ₁ largest eigenvalue (Gauss–Newton)"]
+    assert top.value == report.gauss_newton_largest.eigenvalues[0]
+
+
+def test_density_has_two_lines(case):
+    report = fm.sharpness(case.model, case.loss_fn, case.batches, measures="density")
+    lines = {line.name: line for line in report.measurements()}
+    rank, negative = report.density.stable_rank(), report.density.negative_mass()
+    line = lines["stable rank of the Hessian"]
+    assert (line.value, line.error) == (rank.value, rank.standard_error)
+    assert line.cost == f"{report.density.products} products"
+    line = lines["negative mass of the Hessian"]
+    assert (line.value, line.error) == (negative.value, negative.standard_error)
+    assert (line.error_kind, line.cost) == ("standard error", "the same")
 
 
 def test_eigenvalues_beyond_nine_have_two_small_digits(case):
@@ -337,6 +475,23 @@ def test_notes_tell_of_differences_with_the_operation_and_their_error():
     assert report.notes == ()
 
 
+def test_notes_tell_of_differences_of_either_operator():
+    case = build("once_differentiable_loss")
+    with pytest.warns(fm.FiniteDifferenceWarning) as caught:
+        report = fm.sharpness(
+            case.model,
+            case.loss_fn,
+            case.batches,
+            measures=["trace", "gauss_newton"],
+            trace_products=4,
+        )
+    assert ["Hessian products" in str(w.message) for w in caught] == [True, False]
+    assert "central differences of outputs" in str(caught[1].message)
+    first, second = report.notes
+    assert "Hessian products are differences of gradients, with an estimated error" in first
+    assert "Gauss–Newton products are differences of outputs, with an estimated" in second
+
+
 # -------------------------------------------------------------------------------- side effects
 
 
@@ -382,11 +537,22 @@ def test_same_seed_gives_the_same_report_and_another_does_not(case, report):
 
 @pytest.mark.parametrize(
     ("measure", "near"),
-    [("eigenvalue", "eigenvalues"), ("epsilon", "epsilon_sharpness"), ("Trace", "trace")],
+    [
+        ("eigenvalue", "eigenvalues"),
+        ("epsilon", "epsilon_sharpness"),
+        ("Trace", "trace"),
+        ("gauss-newton", "gauss_newton"),
+    ],
 )
 def test_unknown_measure_is_refused_with_the_nearest(measure, near, case):
     with pytest.raises(fm.InvalidArgumentError, match=f"Did you mean .*'{near}'"):
         fm.sharpness(case.model, case.loss_fn, case.batches, measures=["trace", measure])
+
+
+@pytest.mark.parametrize("measure", [["trace"], None, 3])
+def test_something_that_is_no_name_is_refused(measure, case):
+    with pytest.raises((fm.InvalidArgumentError, fm.ArgumentTypeError), match="'measures'"):
+        fm.sharpness(case.model, case.loss_fn, case.batches, measures=[measure])
 
 
 @pytest.mark.parametrize(
@@ -493,6 +659,18 @@ def test_real_reports_are_compared_line_by_line(report):
     assert comparison.measures == tuple(m.name for m in report.measurements())
     assert comparison.ratio_of_means["same"] == (1.0,) * len(comparison.measures)
     assert fm.Comparison.from_json(comparison.to_json()) == comparison
+
+
+def test_measures_that_one_report_lacks_are_noted(case, report):
+    fewer = fm.sharpness(
+        case.model, case.loss_fn, case.batches, measures="trace", seed=3, trace_products=10
+    )
+    comparison = fm.compare({"a": report, "b": fewer})
+    assert comparison.measures == (LOSS, "trace of the Hessian")
+    (note,) = comparison.notes
+    assert note.startswith("Not in all reports, and left out: ")
+    assert "trace of the Gauss–Newton matrix" in note
+    assert "λ₁ largest eigenvalue (Gauss–Newton)" in note
 
 
 def test_reports_that_were_not_made_alike_are_noted():

@@ -105,6 +105,23 @@ REPORT = fm.SharpnessReport(
     trace=TRACE,
     notes=("a note",),
 )
+WHOLE_REPORT = dataclasses.replace(
+    REPORT,
+    gauss_newton_largest=eigen(),
+    gauss_newton_trace=dataclasses.replace(TRACE, value=21.25),
+    density=fm.SpectralDensity(
+        size=10,
+        nodes=torch.tensor([[-1.0, 2.0], [0.5, 0.5]]).double(),
+        weights=torch.tensor([[0.25, 0.75], [1.0, 0.0]]).double(),
+        complete=(False, True),
+        eigenvalues=torch.tensor([50.0, -7.0]).double(),
+        sigma=0.125,
+        scale="linear",
+        resolution=1e-6,
+        products=904,
+        outcome=fm.Outcome.COMPLETED,
+    ),
+)
 BARE = dataclasses.replace(
     REPORT,
     gradient_norm=None,
@@ -219,6 +236,7 @@ RESULTS = {
         "name", -INF, 0.5, "residual", fm.Outcome.PRODUCT_LIMIT, "9 products"
     ),
     "report": REPORT,
+    "report with everything": WHOLE_REPORT,
     "bare report": BARE,
     "comparison": COMPARISON,
 }
@@ -422,6 +440,7 @@ NUMBERS = {
     "interpolation": ["-1", "train loss", "test loss", "train accuracy", "first", "second"],
     "measurement with an error": ["−∞", "0.5 (residual)", "NOT CONVERGED", "9 products"],
     "report": ["Sequential", "10 parameters", "5 examples", "12.5", "42.5", "a note", "λ₁", "λₙ"],
+    "report with everything": ["42.5", "21.25", "904 products", "stable rank", "negative"],
     "bare report": ["loss L(θ)", "0.1"],
     "comparison": ["small", "large", "0.15 ± 0.071", "2.67", "NaN", "2 seeds", "not made alike"],
 }

@@ -20,7 +20,7 @@ EVERY_CASE = pytest.mark.parametrize("name", NAMES)
 def _small_budgets(monkeypatch):
     # Flipping single coordinates takes thousands of evaluations and no new kind of call.
     monkeypatch.setattr("flatminima.measures.epsilon_sharpness.CLIMBS", 0)
-    monkeypatch.setattr("flatminima.report.EPSILONS", (1e-3,))
+    monkeypatch.setattr("flatminima.report.sharpness.EPSILONS", (1e-3,))
 
 
 @contextlib.contextmanager

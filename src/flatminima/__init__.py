@@ -51,12 +51,13 @@ from .operators.hessian import HessianOperator
 from .operators.linear import LinearOperator
 from .operators.restricted import BlockOperator, PreconditionedOperator, ProjectedOperator
 from .operators.sums import SumOperator
-from .report import Measurement, SharpnessReport, sharpness
+from .report.result import Measurement, SharpnessReport
+from .report.sharpness import sharpness
 from .results import Estimate, Outcome, Result, Table
 from .weights import token_weight
 
 if TYPE_CHECKING:
-    from .plotting import plot
+    from .plotting.plot import plot
 
 __version__ = "0.1.0"
 
@@ -137,7 +138,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # matplotlib is loaded only by whoever draws.
     if name == "plot":
-        from .plotting import plot
+        from .plotting.plot import plot
 
         return plot
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

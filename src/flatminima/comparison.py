@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .checks import check_choice
 from .errors import ArgumentTypeError, InvalidArgumentError
-from .report import SharpnessReport
+from .report.result import SharpnessReport
 from .results import Result, Table, format_number
 
 __all__ = ["Comparison", "compare"]

@@ -72,6 +72,7 @@ class CurvatureOperator(LinearOperator):
 
     _outputs_only = False
     """Whether graphs are made of a batch's outputs, and not of its loss."""
+    _differences = "Hessian products are central differences of gradients"
 
     @abstractmethod
     def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> Graph:
@@ -268,8 +269,8 @@ class CurvatureOperator(LinearOperator):
     def _announce(self, product: Tensor) -> None:
         size = float(torch.linalg.vector_norm(product[0])) or 1.0
         warn(
-            f"{self.reason[:-1]}, so Hessian products are central differences of gradients, with "
-            f"an estimated error of {self.error:.1e} for unit vectors (the first product has "
+            f"{self.reason[:-1]}, so {self._differences}, with an "
+            f"estimated error of {self.error:.1e} for unit vectors (the first product has "
             f"norm {size:.1e}). method='double_backward' refuses them.",
             FiniteDifferenceWarning,
         )

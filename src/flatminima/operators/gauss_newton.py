@@ -32,18 +32,20 @@ from ..randomness import Seed, as_generator, reseed
 from ..scores import drawn_scores, given_scores, likelihood_curvature
 from ..tracing import GraphTrace
 from ..weights import split_pair
-from .curvature import CurvatureOperator
+from .curvature import CurvatureOperator, Part
 
 __all__ = ["FisherOperator", "GaussNewtonOperator"]
 
 Method = Literal["auto", "double_backward", "finite_differences"]
 METHODS = ("auto", "double_backward", "finite_differences")
+LINEAR = "The loss is linear in the model's outputs, so that its Gauss–Newton matrix is zero."
 
 
 class _OutputOperator(CurvatureOperator):
     """Jᵀ M J, with M on the outputs of each batch."""
 
     _outputs_only = True
+    _differences = "products with the outputs' Jacobian are central differences of outputs"
 
     def __init__(self, objective: Objective, *, method: str, keep_graph: KeepGraph) -> None:
         call = type(self).__name__
@@ -209,12 +211,16 @@ class GaussNewtonOperator(_OutputOperator):
         self, objective: Objective, *, method: Method = "auto", keep_graph: KeepGraph = "auto"
     ) -> None:
         super().__init__(objective, method=method, keep_graph=keep_graph)
-        self._linear = False
+        # Of all batches that were looked at; None while none was.
+        self._linear: bool | None = None
+        self._told = False
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader should know beyond autocast and short types: G may be indefinite."""
+        """Beyond autocast and short types: that G is zero, or not positive semi-definite."""
         found = super().notes
+        if self._linear:
+            found += (LINEAR,)
         if self._lowest is not None:
             low, size = self._lowest.tolist()
             if low < -1e-4 * size:
@@ -228,15 +234,29 @@ class GaussNewtonOperator(_OutputOperator):
         loss_fn = self.objective.loss_fn
         assert loss_fn is not None
         matrix = loss_hessian(loss_fn, seen.output, seen.target, trace)
-        if matrix.linear and not self._linear:
-            self._linear = True
+        if trace is not None:
+            self._linear = matrix.linear and self._linear is not False
+        return matrix
+
+    def exact_diagonal(self) -> Tensor | None:
+        """As of other operators on outputs; zeros where the loss is linear."""
+        found = super().exact_diagonal()
+        self._warn_if_linear()
+        return found
+
+    def _summed(self, part: Part, rows: int, trace: GraphTrace | None = None) -> Tensor:
+        product = super()._summed(part, rows, trace)
+        self._warn_if_linear()
+        return product
+
+    def _warn_if_linear(self) -> None:
+        if self._linear and not self._told:
+            self._told = True
             warn(
-                "The loss is linear in the model's outputs, so that its Gauss–Newton matrix is "
-                "zero. If the outputs are log-probabilities, let the model return logits and use "
-                "CrossEntropyLoss, or take FisherOperator.",
+                f"{LINEAR} If the outputs are log-probabilities, let the model return logits and "
+                "use CrossEntropyLoss, or take FisherOperator.",
                 FlatMinimaWarning,
             )
-        return matrix
 
     def _change(self, seen: Evaluated, above: Any, below: Any) -> Sequence[Tensor | None]:
         """By gradients of the loss at both, which needs no second derivative of it."""

@@ -1,0 +1,1 @@
+"""The one-call face: `sharpness()` measures a model."""

@@ -1,0 +1,186 @@
+"""What `sharpness` returns: every number of a model's report, and each as a line of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..eigen.result import EigenResult
+from ..estimators.density import SpectralDensity
+from ..estimators.result import TraceResult
+from ..measures.epsilon_sharpness import SharpnessResult
+from ..measures.random_sharpness import RandomSharpnessResult
+from ..results import Estimate, Outcome, Result, Table, format_number, reading_notes
+
+__all__ = ["Measurement", "SharpnessReport"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Measurement(Result):
+    """One line of a report.
+
+    Attributes:
+        name: of the measure, with its settings.
+        value: the number.
+        error: its uncertainty, where it has one.
+        error_kind: what `error` is: "residual", "standard error", "std" or "".
+        outcome: how the computation ended; None for a plain evaluation.
+        cost: what it took.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["gradient_norm"])
+        >>> [(line.name, line.value) for line in report.measurements()][0]
+        ('loss L(θ)', 1.0)
+    """
+
+    name: str
+    value: float
+    error: float | None
+    error_kind: str
+    outcome: Outcome | None
+    cost: str
+
+    def _table(self) -> Table:
+        return Table(_REPORT_HEADER, (_report_row(self),))
+
+
+_REPORT_HEADER = ("measure", "value", "± error", "diagnosis", "cost")
+
+
+def _report_row(line: Measurement) -> tuple[str, ...]:
+    error = "" if line.error is None else f"{format_number(line.error, 2)} ({line.error_kind})"
+    diagnosis = "" if line.outcome is None else line.outcome.brief
+    return (line.name, format_number(line.value), error, diagnosis, line.cost)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SharpnessReport(Result):
+    """What `sharpness` measured; parts that were not asked for are None or empty.
+
+    Attributes:
+        model: the class of the model.
+        parameters: n, the number of parameters that were varied.
+        examples: in the data.
+        mode: of the evaluation: "eval", "train" or "keep".
+        loss: L(θ).
+        gradient_norm: ‖∇L(θ)‖₂.
+        epsilon_sharpness: one result for each ε and space.
+        random_sharpness: per-tensor random perturbations.
+        largest: the largest eigenvalues of the Hessian, without their vectors.
+        smallest: the smallest (most negative) eigenvalue, likewise; from the same products.
+        trace: of the Hessian.
+        notes: what a reader should know about how it was measured.
+        readings: how often the data were read anew after the first time; 0 where they are kept on
+            the device.
+        gauss_newton_largest: the largest eigenvalue of the Gauss–Newton matrix, without its vector.
+        gauss_newton_trace: of the Gauss–Newton matrix.
+        density: of the eigenvalues of the Hessian, those of `largest` and `smallest` taken out
+            first.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["trace"])
+        >>> report.trace.value  # of 2 XᵀX / N
+        2.0
+    """
+
+    model: str
+    parameters: int
+    examples: int
+    mode: str
+    loss: float
+    gradient_norm: float | None
+    epsilon_sharpness: tuple[SharpnessResult, ...]
+    random_sharpness: RandomSharpnessResult | None
+    largest: EigenResult | None
+    smallest: EigenResult | None
+    trace: TraceResult | None
+    notes: tuple[str, ...]
+    readings: int = 0
+    gauss_newton_largest: EigenResult | None = None
+    gauss_newton_trace: TraceResult | None = None
+    density: SpectralDensity | None = None
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """Every number of the report as a line of its own."""
+        lines = [Measurement("loss L(θ)", self.loss, None, "", None, "1 loss")]
+        if self.gradient_norm is not None:
+            lines.append(
+                Measurement("gradient norm ‖∇L‖", self.gradient_norm, None, "", None, "1 gradient")
+            )
+        for result in self.epsilon_sharpness:
+            where = "full space" if result.subspace is None else f"subspace {result.subspace}"
+            name = f"ε-sharpness φ (%), ε = {result.epsilon:g}, {where}"
+            cost = f"{result.evaluations} gradients"
+            lines.append(Measurement(name, result.value, None, "", result.outcome, cost))
+        if self.random_sharpness is not None:
+            shaken = self.random_sharpness
+            lines.append(
+                Measurement(
+                    f"random-perturbation sharpness, ε = {shaken.epsilon:g}",
+                    shaken.value,
+                    shaken.standard_deviation,
+                    "std",
+                    shaken.outcome,
+                    f"{shaken.evaluations} losses",
+                )
+            )
+        if self.largest is not None:
+            cost = f"{self.largest.products} products"
+            lines += _eigen_lines(self.largest, "λ{} largest eigenvalue", cost)
+        if self.smallest is not None:
+            lines += _eigen_lines(self.smallest, "λₙ smallest eigenvalue", "the same")
+        if self.trace is not None:
+            cost = f"{self.trace.products} products"
+            name = "trace of the Hessian"
+            lines.append(_estimate_line(name, self.trace, self.trace.outcome, cost))
+        if self.density is not None:
+            sums = (
+                ("stable rank of the Hessian", self.density.stable_rank()),
+                ("negative mass of the Hessian", self.density.negative_mass()),
+            )
+            cost = f"{self.density.products} products"
+            for name, found in sums:
+                lines.append(_estimate_line(name, found, self.density.outcome, cost))
+                cost = "the same"
+        if self.gauss_newton_largest is not None:
+            cost = f"{self.gauss_newton_largest.products} products"
+            name = "λ{} largest eigenvalue (Gauss–Newton)"
+            lines += _eigen_lines(self.gauss_newton_largest, name, cost)
+        if self.gauss_newton_trace is not None:
+            trace = self.gauss_newton_trace
+            name, cost = "trace of the Gauss–Newton matrix", f"{trace.products} products"
+            lines.append(_estimate_line(name, trace, trace.outcome, cost))
+        return tuple(lines)
+
+    def _table(self) -> Table:
+        return Table(
+            _REPORT_HEADER,
+            tuple(_report_row(line) for line in self.measurements()),
+            title=f"Sharpness of {self.model}: {self.parameters} parameters, "
+            f"{self.examples} examples, mode {self.mode!r}",
+            notes=reading_notes(self.readings) + self.notes,
+        )
+
+
+def _eigen_lines(result: EigenResult, name: str, cost: str) -> list[Measurement]:
+    lines = []
+    pairs = zip(result.eigenvalues.tolist(), result.residuals.tolist(), strict=True)
+    for i, (value, residual) in enumerate(pairs, start=1):
+        label = name.format(str(i).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")))
+        lines.append(
+            Measurement(label, value, residual, "residual", result.outcome, cost if i == 1 else "")
+        )
+    return lines
+
+
+def _estimate_line(
+    name: str, found: TraceResult | Estimate, outcome: Outcome, cost: str
+) -> Measurement:
+    return Measurement(name, found.value, found.standard_error, "standard error", outcome, cost)

@@ -1,0 +1,290 @@
+"""`sharpness()`: the measures, in turn, of one model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice, check_integer
+from ..eigen.lanczos import lanczos
+from ..errors import ArgumentTypeError, FlatMinimaWarning
+from ..estimators.spectral_density import spectral_density
+from ..estimators.trace import trace
+from ..measures.epsilon_sharpness import epsilon_sharpness
+from ..measures.random_sharpness import random_sharpness
+from ..modules import drops
+from ..objective import Objective
+from ..operators.curvature import CurvatureOperator
+from ..operators.gauss_newton import GaussNewtonOperator
+from ..operators.hessian import HessianOperator
+from ..pieces import Microbatch
+from ..progress import progress_bar
+from ..randomness import Seed
+from ..vectors import Selection
+from .result import SharpnessReport
+
+__all__ = ["MEASURES", "sharpness"]
+
+MEASURES = (
+    "gradient_norm",
+    "epsilon_sharpness",
+    "random_sharpness",
+    "eigenvalues",
+    "trace",
+    "density",
+    "gauss_newton",
+)
+ON_REQUEST = ("density",)
+EPSILONS = (1e-3, 5e-4)
+SUBSPACE = 100
+TOL = 1e-4
+"""Of eigenvalues: the negative end is small beside the largest, and told from zero by this."""
+
+
+def sharpness(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    data: Any = None,
+    *,
+    measures: Sequence[str] | None = None,
+    eigenvalues: int = 3,
+    trace_products: int = 50,
+    samples: int = 10,
+    params: Selection = None,
+    weight: Callable[[Any], float] | None = None,
+    mode: Literal["eval", "train", "keep"] = "eval",
+    device: torch.device | str | None = None,
+    cache: bool | Literal["auto"] = "auto",
+    batch_loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    batch_size: int = 1024,
+    microbatch: Microbatch = None,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> SharpnessReport:
+    """How sharp the minimum is that a trained model lies in, in one call.
+
+    It measures the loss, the norm of its gradient, Keskar's ε-sharpness in the full space and in
+    a random subspace of dimension 100, each at ε = 1e-3 and 5e-4, the sharpness under random
+    perturbations, the largest and the smallest eigenvalues of the Hessian and its trace, and the
+    largest eigenvalue and the trace of the Gauss–Newton matrix. Traces have the traces of all
+    modules with them. On request it also takes the density of the Hessian's eigenvalues. The model
+    is left exactly as it was.
+
+    Args:
+        model: any module.
+        loss_fn: `loss_fn(output, target)` → a scalar.
+        data: a tuple of tensors `(inputs, targets)`, a list of batches, a DataLoader or a
+            Dataset: the data whose loss is studied, as a rule the training data.
+        measures: which to take, of "gradient_norm", "epsilon_sharpness", "random_sharpness",
+            "eigenvalues", "trace", "density" and "gauss_newton". Unless told all but "density",
+            which takes 900 products as a rule, and with `batch_loss` without "gauss_newton", which
+            needs `loss_fn`. "density" brings "eigenvalues" with it, which are taken out of it
+            first. The loss is always there.
+        eigenvalues: how many of the largest of the Hessian.
+        trace_products: products for each trace.
+        samples: random perturbations of each parameter tensor.
+        params: as in [`Objective`][flatminima.Objective].
+        weight: as in [`Objective`][flatminima.Objective].
+        mode: as in [`Objective`][flatminima.Objective].
+        device: as in [`Objective`][flatminima.Objective].
+        cache: as in [`Objective`][flatminima.Objective].
+        batch_loss: as in [`Objective`][flatminima.Objective].
+        batch_size: as in [`Objective`][flatminima.Objective].
+        microbatch: as in [`Objective`][flatminima.Objective].
+        seed: of everything random; each measure starts from it anew, so that a subset of the
+            measures gives the same numbers.
+        progress: show bars for what takes long.
+
+    Returns:
+        The report: printed, it is a table; in a notebook, a rendered one.
+
+    Raises:
+        InvalidArgumentError: an unknown measure (with the closest name), bad counts, or
+            "gauss_newton" asked for with `batch_loss`.
+        FlatMinimaError: whatever [`Objective`][flatminima.Objective] refuses.
+
+    Warns:
+        ConvergenceWarning: eigenvalues did not converge; the report says how far they came.
+        FlatMinimaWarning: "gauss_newton" was asked for, and the loss is linear in the outputs, so
+            that its matrix is zero. Where it was not asked for by name, a note says so.
+
+    Examples:
+        >>> import torch
+        >>> from flatminima import sharpness
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> report = sharpness(model, torch.nn.MSELoss(), (x, y), measures=["gradient_norm"])
+        >>> print(report)
+        Sharpness of Linear: 2 parameters, 2 examples, mode 'eval'
+        measure             value  ± error  diagnosis        cost
+        ──────────────────  ─────  ───────  ─────────  ──────────
+        loss L(θ)             2.5                          1 loss
+        gradient norm ‖∇L‖  4.123                      1 gradient
+    """
+    call = "sharpness"
+    if isinstance(measures, str):
+        measures = [measures]
+    if measures is not None and not isinstance(measures, Iterable):
+        raise ArgumentTypeError(
+            f"The 'measures' argument of sharpness must be a list of names; got {measures!r}."
+        )
+    default = [name for name in MEASURES if name not in ON_REQUEST]
+    named = default if measures is None else list(measures)
+    for name in named:
+        check_choice(call, "measures", name, MEASURES)
+    chosen = set(named)
+    if "density" in chosen:
+        chosen.add("eigenvalues")
+    check_integer(call, "eigenvalues", eigenvalues, low=1)
+    check_integer(call, "trace_products", trace_products, low=2)
+    check_integer(call, "samples", samples, low=1)
+    objective = Objective(
+        model,
+        loss_fn,
+        data,
+        params=params,
+        weight=weight,
+        mode=mode,
+        device=device,
+        cache=cache,
+        batch_loss=batch_loss,
+        batch_size=batch_size,
+        microbatch=microbatch,
+        progress=progress,
+    )
+    without_outputs = measures is None and objective.loss_fn is None
+    if without_outputs:
+        chosen.remove("gauss_newton")
+    hessian = HessianOperator(objective)
+    gauss_newton = GaussNewtonOperator(objective) if "gauss_newton" in chosen else None
+    if isinstance(seed, torch.Generator):
+        # One draw, so that every measure starts from the same seed here too.
+        seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device).item())
+    shared: dict[str, Any] = {"seed": seed, "progress": progress}
+
+    def fields_of(name: str) -> dict[str, Any]:
+        """What a measure adds to the report."""
+        if name == "gradient_norm":
+            return {name: float(torch.linalg.vector_norm(objective.gradient().double()))}
+        if name == "epsilon_sharpness":
+            boxes = [
+                epsilon_sharpness(objective, epsilon=epsilon, subspace=p, **shared)
+                for p in (None, min(SUBSPACE, objective.size))
+                for epsilon in EPSILONS
+            ]
+            return {name: tuple(boxes)}
+        if name == "random_sharpness":
+            return {name: random_sharpness(objective, samples=samples, **shared)}
+        if name == "eigenvalues":
+            count = min(eigenvalues, objective.size)
+            return _spectrum(hessian, count, density="density" in chosen, **shared)
+        return {name: trace(hessian, products=trace_products, **shared)}
+
+    fields: dict[str, Any] = dict.fromkeys(
+        ("gradient_norm", "random_sharpness", "largest", "smallest", "trace")
+    )
+    # The density comes with the eigenvalues.
+    names = [name for name in MEASURES if name in chosen and name != "density"]
+    with progress_bar("sharpness", total=len(names), unit="measure", show=progress) as bar:
+        # Only one of the operators keeps its graphs at a time.
+        with hessian.session():
+            loss = objective.loss()
+            for name in names:
+                if name != "gauss_newton":
+                    bar.set_postfix_str(name, refresh=False)
+                    fields |= fields_of(name)
+                    bar.update()
+        if gauss_newton is not None:
+            bar.set_postfix_str("gauss_newton", refresh=False)
+            asked = measures is not None
+            fields |= _gauss_newton(gauss_newton, trace_products, asked=asked, **shared)
+            bar.update()
+    return SharpnessReport(
+        model=type(objective.model).__name__,
+        parameters=objective.size,
+        examples=objective.examples,
+        mode=mode,
+        loss=loss,
+        notes=_notes(objective, hessian, gauss_newton, without_outputs=without_outputs),
+        readings=objective.batches.readings - 1,
+        **{"epsilon_sharpness": ()} | fields,
+    )
+
+
+def _spectrum(
+    operator: HessianOperator, count: int, *, density: bool, seed: Seed, progress: bool
+) -> dict[str, Any]:
+    """The largest eigenvalues and the smallest one, from the same products; what lies between."""
+    # The search for the negative end, with its tolerance, meets the largest on the way.
+    found = lanczos(
+        operator,
+        k=(count, 1) if count < operator.shape[0] else (count, 0),
+        which="BE",
+        tol=TOL,
+        basis_size=max(2 * count + 12, 30),
+        seed=seed,
+        progress=progress,
+    )
+    ends = found.without_vectors()
+    fields: dict[str, Any] = {"largest": ends.part("LA", count), "smallest": ends.part("SA", 1)}
+    if density:
+        fields["density"] = spectral_density(operator, outliers=found, seed=seed, progress=progress)
+    return fields
+
+
+def _gauss_newton(
+    operator: GaussNewtonOperator, products: int, *, asked: bool, **shared: Any
+) -> dict[str, Any]:
+    """Its largest eigenvalue and its trace."""
+    with warnings.catch_warnings(), operator.session():
+        if not asked:
+            # That the matrix is zero is in its notes.
+            warnings.filterwarnings("ignore", "The loss is linear", FlatMinimaWarning)
+        largest = lanczos(operator, tol=TOL, **shared).without_vectors()
+        return {
+            "gauss_newton_largest": largest,
+            "gauss_newton_trace": trace(operator, products=products, **shared),
+        }
+
+
+def _notes(
+    objective: Objective,
+    hessian: HessianOperator,
+    gauss_newton: GaussNewtonOperator | None,
+    *,
+    without_outputs: bool,
+) -> tuple[str, ...]:
+    notes = []
+    modules = list(objective.model.modules())
+    found = {
+        "dropout off": any(map(drops, modules)),
+        "batch norm with its running statistics": any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+            for m in modules
+        ),
+    }
+    if objective.mode == "eval" and any(found.values()):
+        notes.append(f"Evaluation mode: {' and '.join(w for w, is_so in found.items() if is_so)}.")
+    operators: list[tuple[CurvatureOperator, str]] = [
+        (hessian, "Hessian products are differences of gradients")
+    ]
+    if gauss_newton is not None:
+        operators.append((gauss_newton, "Gauss–Newton products are differences of outputs"))
+    for operator, said in operators:
+        if operator.reason:
+            notes.append(
+                f"{operator.reason[:-1]}: {said}, with an estimated error of up to "
+                f"{operator.error:.1e} for unit vectors."
+            )
+    if without_outputs:
+        notes.append(
+            "The Gauss–Newton matrix is left out, as batch_loss= does not show the model's "
+            "outputs; give loss_fn=, or name the measures."
+        )
+    # Of autocast and short types both operators know.
+    return tuple(dict.fromkeys([*notes, *(n for operator, _ in operators for n in operator.notes)]))
