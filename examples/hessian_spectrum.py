@@ -27,15 +27,15 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import flatminima as fm
 import image_data
 
-QUICK = {"classes": [3, 10], "also": [], "width": 32, "probes": 4, "steps": 40}
-COLOURS = {"small batch": "#0072B2", "large batch": "#D55E00"}
+QUICK = {"classes": [3, 10], "loss": 0.3, "also": [], "width": 32, "probes": 4, "steps": 40}
+COLOURS = {"small batch": "#009E73", "large batch": "#CC79A7"}
 PAIRS = 20
 """Largest eigenvalues among which the gap is looked for, for any number of classes."""
 
@@ -56,12 +56,29 @@ class Edge:
         low = fm.lanczos(operator, which="SA", seed=seed, progress=progress)
         return cls(pairs, *widest_gap(pairs.eigenvalues), float(low.eigenvalues[0]))
 
+    @property
+    def above(self) -> fm.EigenResult:
+        """The outliers alone."""
+        vectors, count = self.pairs.eigenvectors, self.outliers
+        assert vectors is not None
+        return dataclasses.replace(
+            self.pairs,
+            eigenvalues=self.pairs.eigenvalues[:count],
+            eigenvectors=vectors[:, :count],
+            residuals=self.pairs.residuals[:count],
+        )
+
+    def ratio(self, place: int) -> float:
+        """λ_place / λ_{place+1}, counted from 1."""
+        return float(self.pairs.eigenvalues[place - 1] / self.pairs.eigenvalues[place])
+
 
 @dataclasses.dataclass(frozen=True)
 class Net:
     """A network when its training loss first fell below a wanted one."""
 
     loss: float
+    gradient_norm: float
     epochs: int
     test_accuracy: float
     edges: dict[str, Edge]
@@ -77,11 +94,12 @@ class Net:
         rest = density.size - edge.outliers
         return {
             "training loss": self.loss,
+            "gradient norm": self.gradient_norm,
             "epochs": self.epochs,
             "test accuracy (%)": self.test_accuracy,
             "λ₁ largest eigenvalue": float(values[0]),
             "outliers": edge.outliers,
-            "gap λ_k / λ_{k+1} below them": edge.gap,
+            "λ_k / λ_{k+1} at the gap": edge.gap,
             "bulk's upper edge λ_{k+1}": float(values[edge.outliers]),
             "bulk's root mean square": math.sqrt(max(square - float(above @ above), 0.0) / rest),
             "λₙ smallest eigenvalue": edge.smallest,
@@ -177,6 +195,19 @@ def trained(
     )
 
 
+def settled(
+    model: nn.Module, inputs: Tensor, labels: Tensor, steps: int, learning_rate: float
+) -> nn.Module:
+    """A copy after some steps on all the data, which take out what the noise of batches left."""
+    net = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+    return net
+
+
 def measured(
     start: nn.Module,
     data: image_data.ImageData,
@@ -188,7 +219,6 @@ def measured(
     """One training: the edges of the spectrum at each loss, all of it at `--loss` if `drawn`."""
     model, progress = copy.deepcopy(start), not options.quiet
     training_set = (data.train_inputs, data.train_labels)
-    objective = fm.Objective(model, nn.CrossEntropyLoss(), training_set)
     found = {}
     for epoch, wanted in trained(
         model,
@@ -200,6 +230,8 @@ def measured(
         seed=seed,
         progress=progress,
     ):
+        net = settled(model, *training_set, options.settle, options.learning_rate)
+        objective = fm.Objective(net, nn.CrossEntropyLoss(), training_set)
         operators: dict[str, fm.LinearOperator] = {
             "H": fm.HessianOperator(objective),
             "G": fm.GaussNewtonOperator(objective),
@@ -210,7 +242,7 @@ def measured(
                 operator,
                 probes=options.probes,
                 steps=options.steps,
-                outliers=edges[name].pairs,
+                outliers=edges[name].above,
                 seed=seed,
                 progress=progress,
             )
@@ -218,9 +250,11 @@ def measured(
             if drawn and wanted == options.loss
         }
         with torch.no_grad():
-            correct = fm.accuracy(model(data.test_inputs), data.test_labels)
-        accuracy = 100 * correct.item()
-        found[wanted] = Net(objective.loss(), epoch, accuracy, edges, densities)
+            correct = fm.accuracy(net(data.test_inputs), data.test_labels)
+        gradient = float(torch.linalg.vector_norm(objective.gradient()))
+        found[wanted] = Net(
+            objective.loss(), gradient, epoch, 100 * correct.item(), edges, densities
+        )
     return found
 
 
@@ -229,7 +263,7 @@ Runs = dict[int, dict[str, list[dict[float, Net]]]]
 
 
 def count_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
-    """Outliers for each number of classes and each loss, by seed, with the mean gap."""
+    """Outliers for each number of classes and each loss, by seed, with λ_{C−1} / λ_C."""
     rows = []
     for classes, nets in runs.items():
         for loss in losses:
@@ -238,7 +272,8 @@ def count_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
                 for stages in nets.values():
                     edges = [stage[loss].edges[name] for stage in stages]
                     counts = ", ".join(str(edge.outliers) for edge in edges)
-                    cells.append(f"{counts} ({statistics.fmean(e.gap for e in edges):.2g})")
+                    ratio = statistics.fmean(edge.ratio(classes - 1) for edge in edges)
+                    cells.append(f"{counts} ({ratio:.2g})")
             rows.append((f"{classes}", f"{loss:g}", f"{classes - 1}", *cells))
     header = [f"{name}, {label}" for name in ("H", "G") for label in COLOURS]
     return fm.Table(("classes C", "training loss", "C − 1", *header), tuple(rows))
@@ -262,89 +297,83 @@ def spectrum_table(nets: dict[str, list[Net]]) -> fm.Table:
     return fm.Table(("quantity", *columns), tuple(rows))
 
 
-def inside(small: Net, large: Net) -> tuple[bool, int]:
-    """Whether [λₙ, λ₁] of the one's Hessian lies in the other's; how many λᵢ are smaller."""
-    a, b = small.edges["H"], large.edges["H"]
-    below = a.pairs.eigenvalues < b.pairs.eigenvalues
-    return bool(below[0]) and a.smallest > b.smallest, int(below.sum())
-
-
 def nesting_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
-    """Whether the small batch's spectrum lies inside the large batch's."""
+    """Whether the small batch's spectrum lies inside the large batch's, over the seeds."""
     rows = []
     for classes, nets in runs.items():
         for loss in losses:
-            pairs = list(zip(*nets.values(), strict=True))
-            found = [inside(small[loss], large[loss]) for small, large in pairs]
-            tops = [
-                large[loss].edges["H"].pairs.eigenvalues[0]
-                / small[loss].edges["H"].pairs.eigenvalues[0]
-                for small, large in pairs
-            ]
-            lows = [
-                large[loss].edges["H"].smallest / small[loss].edges["H"].smallest
-                for small, large in pairs
-            ]
-            rows.append(
-                (
-                    f"{classes}",
-                    f"{loss:g}",
-                    f"{statistics.fmean(float(t) for t in tops):.3g}",
-                    f"{statistics.fmean(lows):.3g}",
-                    ", ".join(str(count) for _, count in found),
-                    f"{sum(whole for whole, _ in found)} of {len(found)}",
-                )
+            tops, lows, smaller, within = [], [], [], 0
+            for stages in zip(nets["small batch"], nets["large batch"], strict=True):
+                small, large = (stage[loss].edges["H"] for stage in stages)
+                a, b = small.pairs.eigenvalues, large.pairs.eigenvalues
+                tops.append(float(b[0] / a[0]))
+                lows.append((small.smallest, large.smallest))
+                smaller.append(int((a < b).sum()))
+                within += bool(a[0] < b[0]) and small.smallest > large.smallest
+            cells = (
+                f"{classes}",
+                f"{loss:g}",
+                f"{statistics.fmean(tops):.3g}",
+                ", ".join(str(count) for count in smaller),
+                *(f"{statistics.fmean(values):.2g}" for values in zip(*lows, strict=True)),
+                f"{within} of {len(tops)}",
             )
-    return fm.Table(
-        (
-            "classes C",
-            "training loss",
-            "λ₁ large / small",
-            "λₙ large / small",
-            f"of the top {PAIRS}, smaller with the small batch",
-            "small inside large",
-        ),
-        tuple(rows),
+            rows.append(cells)
+    header = (
+        "classes C",
+        "training loss",
+        "λ₁ large / small",
+        f"of {PAIRS} λᵢ, smaller with the small batch",
+        "λₙ small",
+        "λₙ large",
+        "small inside large",
     )
+    return fm.Table(header, tuple(rows))
 
 
 def picture(nets: dict[str, Net], classes: int, title: str) -> Any:
     """Densities of both Hessians, and the largest eigenvalues of H and G."""
-    figure = plt.figure(figsize=(11.0, 5.4), layout="constrained")
+    figure = plt.figure(figsize=(11.0, 5.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1))
     densities = {label: net.densities["H"] for label, net in nets.items()}
     # One width for both, so that their heights can be compared.
     sigma = max(d.largest - d.smallest for d in densities.values()) / 400
-    upper = None
+    left = None
     for row, (label, density) in enumerate(densities.items()):
-        upper = figure.add_subplot(grid[row, 0], sharex=upper, sharey=upper)
-        fm.plot(density.rescaled(sigma=sigma), upper)
-        upper.set_title(f"Hessian, {label}", fontsize="medium", loc="left")
-        edge = nets[label].edges["H"]
-        for value in (edge.smallest, float(edge.pairs.eigenvalues[0])):
-            upper.axvline(value, color=COLOURS[label], linewidth=0.8, linestyle=":")
+        left = figure.add_subplot(grid[row, 0], sharex=left, sharey=left)
+        fm.plot(density.rescaled(sigma=sigma), left)
+        legend = left.get_legend()
+        if legend is not None:
+            legend.remove()
+        if row == 0:
+            left.set_xlabel("")
+        count = nets[label].edges["H"].outliers
+        left.set_title(f"Hessian, {label}: {count} outliers (▼)", fontsize="medium", loc="left")
     right = figure.add_subplot(grid[:, 1])
     for label, net in nets.items():
-        for name, marker, size in (("G", "o", 7), ("H", ".", 5)):
+        for name, marker, size in (("G", "o", 8), ("H", ".", 5)):
             values = net.edges[name].pairs.eigenvalues
-            places = range(1, len(values) + 1)
-            face = "none" if name == "G" else COLOURS[label]
             right.plot(
-                places,
+                range(1, len(values) + 1),
                 values,
                 marker,
                 color=COLOURS[label],
-                markerfacecolor=face,
+                markerfacecolor="none" if name == "G" else COLOURS[label],
                 markersize=size,
                 label=f"{name}, {label}",
             )
     right.axvline(classes - 0.5, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     right.set_yscale("log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_locator(NullLocator())
     right.set_xlabel(f"index i (dashed: after C − 1 = {classes - 1})")
     right.set_ylabel("eigenvalue λᵢ")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(frameon=False, fontsize="small", loc="upper right")
-    right.set_title("largest eigenvalues", fontsize="medium", loc="left")
+    right.set_title(
+        f"the {PAIRS} largest of Hessian and Gauss–Newton matrix", fontsize="medium", loc="left"
+    )
     figure.suptitle(title)
     return figure
 
@@ -358,17 +387,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=image_data.NAMES, default="digits", help="which images")
     parser.add_argument("--root", type=Path, help="folder with the files of mnist, … , cifar10")
     parser.add_argument(
-        "--classes", type=int, nargs="+", default=[3, 5, 10], help="so many first classes each"
+        "--classes", type=int, nargs="+", default=[3, 5, 10], help="how many, the first ones"
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many trainings of each kind")
     parser.add_argument("--loss", type=float, default=0.1, help="train down to it, draw there")
     parser.add_argument(
-        "--also", type=float, nargs="*", default=[0.5, 0.02], help="losses to count outliers at"
+        "--also",
+        type=float,
+        nargs="*",
+        default=[0.5, 0.2, 0.02],
+        help="losses to count outliers at",
     )
     parser.add_argument("--small-batch", type=int, default=16, help="examples in the small batch")
     parser.add_argument("--large-batch", type=int, help="10 %% of the training set unless told")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="of plain SGD")
     parser.add_argument("--epochs", type=int, default=2000, help="at most")
+    parser.add_argument("--settle", type=int, default=0, help="steps on all data before measuring")
     parser.add_argument("--width", type=int, default=64, help="units in a layer")
     parser.add_argument("--probes", type=int, default=10, help="random vectors of a density")
     parser.add_argument("--steps", type=int, default=90, help="of Lanczos from each")
@@ -382,6 +416,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, low in (
         *((n, 1) for n in ("seeds", "epochs", "width", "steps", "small_batch")),
         ("probes", 2),
+        ("settle", 0),
     ):
         if getattr(options, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be {low} at least")
@@ -389,8 +424,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--large-batch must be 1 at least")
     if min(options.loss, *options.also, options.learning_rate) <= 0:
         parser.error("--loss, --also and --learning-rate must be positive")
-    if min(options.classes) < 2:
-        parser.error("--classes must be 2 at least")
+    if not 2 <= min(options.classes) <= max(options.classes) < PAIRS:
+        parser.error(f"--classes must be between 2 and {PAIRS - 1}")
     return options
 
 
@@ -410,7 +445,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     most = max(runs)
     drawn = {label: [s[options.loss] for s in stages] for label, stages in runs[most].items()}
     tables = {
-        "Outliers by the widest gap, for each seed, with the mean gap": count_table(runs, losses),
+        "Outliers above the widest gap, for each seed (in brackets the mean of λ_{C−1} / λ_C)": count_table(
+            runs, losses
+        ),
         f"The whole spectrum, {most} classes, training loss {options.loss:g}": spectrum_table(
             drawn
         ),
