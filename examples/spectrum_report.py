@@ -46,7 +46,8 @@ class Edge:
     def of(cls, operator: fm.LinearOperator, *, seed: int, progress: bool) -> Edge:
         """Find them."""
         pairs = fm.lanczos(operator, k=PAIRS, seed=seed, progress=progress)
-        low = fm.lanczos(operator, which="SA", seed=seed, progress=progress)
+        # It is a hundredth of the largest, to which tolerances refer.
+        low = fm.lanczos(operator, which="SA", tol=1e-4, seed=seed, progress=progress)
         return cls(pairs, *widest_gap(pairs.eigenvalues), float(low.eigenvalues[0]))
 
     @property

@@ -157,7 +157,17 @@ def test_outliers_of_the_hessian_follow_the_number_of_classes(tmp_path, capsys):
         assert text in printed
     stem = tmp_path / "hessian_spectrum_digits"
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "| λ₁ largest eigenvalue |" in stem.with_suffix(".md").read_text(encoding="utf-8")
+    # The page shows these tables, of a larger run: the same columns, and the same quantities.
+    page = (EXAMPLES.parent / "docs/structure.md").read_text(encoding="utf-8")
+    table = stem.with_suffix(".md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert sum(row.startswith("| classes C |") for row in rows) == 2
+    for row in rows:
+        first = row.split("|")[1].strip()
+        if first in ("classes C", "quantity"):
+            assert row in page
+        elif not first.isdigit() and first != "---":
+            assert f"| {first} |" in page
     found = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     assert len(found) == 8  # two numbers of classes, two batches, two matrices
     for run in found:
