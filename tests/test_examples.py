@@ -1,4 +1,5 @@
 import gzip
+import json
 import pickle
 import struct
 import sys
@@ -15,8 +16,10 @@ import flatminima as fm
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import hessian_spectrum  # noqa: E402
 import image_data  # noqa: E402
 import small_vs_large_batch  # noqa: E402
+import spectrum_report  # noqa: E402
 
 
 def write_idx(path, array):
@@ -138,6 +141,82 @@ def test_the_example_prints_tables_and_writes_its_files(tmp_path, capsys):
 def test_the_example_says_what_was_wrong(argv, capsys):
     assert small_vs_large_batch.main([*argv, "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_outliers_lie_above_the_widest_gap():
+    eigenvalues = torch.tensor([8.0, 6.0, 5.0, 1.0, 0.9, 0.8, -0.1])
+    assert spectrum_report.widest_gap(eigenvalues) == (3, 5.0)
+    with pytest.raises(ValueError, match="two positive"):
+        spectrum_report.widest_gap(torch.tensor([1.0, 0.0, -2.0]))
+
+
+def test_outliers_of_the_hessian_follow_the_number_of_classes(tmp_path, capsys):
+    assert hessian_spectrum.main(["--quick", "--quiet", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("training loss 0.3", "C − 1", "negative mass", "small inside large"):
+        assert text in printed
+    stem = tmp_path / "hessian_spectrum_digits"
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # The page shows these tables, of a larger run: the same columns, and the same quantities.
+    page = (EXAMPLES.parent / "docs/structure.md").read_text(encoding="utf-8")
+    table = stem.with_suffix(".md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert sum(row.startswith("| classes C |") for row in rows) == 2
+    for row in rows:
+        first = row.split("|")[1].strip()
+        if first in ("classes C", "quantity"):
+            assert row in page
+        elif not first.isdigit() and first != "---":
+            assert f"| {first} |" in page
+    found = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    assert len(found) == 8  # two numbers of classes, two batches, two matrices
+    for run in found:
+        classes, values = run["classes"], run["largest"]
+        assert classes - 2 <= run["outliers"] <= classes + 1, run
+        # They stand apart, and they are those of the Gauss–Newton matrix.
+        assert values[classes - 2] > 1.7 * values[classes], run
+        assert run["smallest"] < -1e-2 if run["matrix"] == "H" else run["smallest"] > -1e-4
+    for hessian, gauss_newton in zip(found[::2], found[1::2], strict=True):
+        count = hessian["classes"] - 1
+        np.testing.assert_allclose(
+            hessian["largest"][:count], gauss_newton["largest"][:count], rtol=0.1
+        )
+
+
+def test_a_loss_that_is_not_reached_is_an_error(tmp_path, capsys):
+    argv = ["--quick", "--quiet", "--epochs", "1", "--loss", "1e-3", "--out", str(tmp_path)]
+    assert hessian_spectrum.main(argv) == 2
+    assert "give more --epochs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv", [["--data", "mnist"], ["--classes", "12"], ["--large-batch", "5000"]]
+)
+def test_the_spectrum_example_says_what_was_wrong(argv, capsys):
+    assert hessian_spectrum.main([*argv, "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--classes", "1"], "--classes"),
+        (["--classes", "30"], "--classes"),
+        (["--probes", "1"], "--probes"),
+        (["--loss", "0"], "--loss"),
+        (["--settle", "-1"], "--settle"),
+    ],
+)
+def test_the_spectrum_example_refuses_options_out_of_range(argv, named, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        hessian_spectrum.main(argv)
+    assert named in capsys.readouterr().err
+
+
+def test_what_is_said_holds_against_quick():
+    options = hessian_spectrum.arguments(["--quick", "--width", "48"])
+    assert (options.width, options.loss, options.classes) == (48, 0.3, [3, 10])
 
 
 def test_the_notebook_runs(monkeypatch):
