@@ -518,6 +518,21 @@ def test_no_diagonal_where_examples_depend_on_each_other_or_have_many_outputs():
     assert fm.GaussNewtonOperator(contrastive).exact_diagonal() is None
 
 
+def test_a_diagonal_for_which_memory_is_short_is_not_taken_for_none():
+    class Short(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    objective = fm.Objective(Short(2, 3), nn.MSELoss(), (torch.ones(4, 2), torch.ones(4, 3)))
+    with pytest.raises(fm.DeviceMemoryError, match="batch 0"):
+        fm.GaussNewtonOperator(objective).exact_diagonal()
+
+
 # ---------------------------------------------------------------------------------- bad input
 
 

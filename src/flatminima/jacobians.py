@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from .failures import is_out_of_memory
 from .loss_curvature import OutputMatrix, patternless
 from .nested import cut, mapped
 
@@ -52,13 +53,17 @@ def jacobian_diagonal(
     try:
         blocks = _blocks(matrix, output)
         whole = torch.autograd.grad(output, list(leaves.values()), probe, allow_unused=True)
-    except (RuntimeError, _DependentError):
+    except (RuntimeError, _DependentError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     detached = {name: leaf.detach() for name, leaf in leaves.items()}
     for jacobians in (_transformed, _one_by_one):
         try:
             found, pulled = _summed(model, inputs, detached, blocks, probe, jacobians)
-        except Exception:  # whatever transforms, models and data refuse
+        except Exception as error:  # whatever transforms, models and data refuse
+            if is_out_of_memory(error):
+                raise
             continue
         if _agree(pulled, whole, probe.dtype):
             return found
