@@ -6,7 +6,7 @@ Counts the outliers of the Hessian and of the Gauss–Newton matrix by the wides
 largest eigenvalues, and draws the density of all eigenvalues (Sagun et al. 2017,
 arXiv:1706.04454; Papyan 2020, arXiv:2008.11865).
 
-    python examples/hessian_spectrum.py                       # digits, half a minute
+    python examples/hessian_spectrum.py                       # digits, about a minute
     python examples/hessian_spectrum.py --seeds 5
     python examples/hessian_spectrum.py --quick               # seconds
 """
