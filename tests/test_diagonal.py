@@ -296,3 +296,11 @@ def test_product_that_is_not_finite_raises(method, bad):
 def test_matrix_in_place_of_an_operator_is_refused_with_advice():
     with pytest.raises(fm.ArgumentTypeError, match=r"fm\.MatrixOperator\(matrix\)"):
         fm.diagonal(torch.eye(3))
+
+
+def test_exact_with_a_tolerance_is_exact():
+    matrix = torch.diag(torch.arange(5.0))
+    operator = fm.FunctionOperator(lambda v: matrix @ v, 5)
+    result = fm.diagonal(operator, method="exact", rtol=0.1)
+    assert torch.equal(result.values, matrix.diagonal())
+    assert result.outcome is fm.Outcome.EXACT

@@ -23,6 +23,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Tensor | None:  # noqa:
     given = [t for t in (input, weight, bias) if t is not None]
     if not are_plain(given) or input.dtype not in _TYPES:
         return None
+    if not input.numel() or not weight.numel():
+        return None
     if weight.dim() != 2 or input.dim() < 2 or input.shape[-1] != weight.shape[1]:
         return None
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -179,7 +179,7 @@ class Evaluator:
 
             def visit(seen: Evaluated) -> None:
                 if twice:
-                    self.differentiation.examine(seen.output if outputs_only else seen.loss)
+                    self.differentiation.examine([seen.output, seen.loss])
                 present.point.visit(seen)
 
             def replay(seen: Evaluated) -> None:

@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from .batches import Batch
 from .errors import ArgumentTypeError, LossNotScalarError
-from .weights import split_pair
+from .nested import mapped
+from .weights import has_closed_form, split_pair
 
 __all__ = ["Evaluated", "Forward", "LossOf", "Within"]
 
@@ -124,8 +125,14 @@ class Forward(nn.Module):
             inputs, target = split_pair(batch.data, batch.index)
             try:
                 output = self.model(inputs)
-                with torch.set_grad_enabled(not outputs_only):
+                if not outputs_only:
                     loss = loss_fn(output, target)
+                elif has_closed_form(loss_fn):
+                    with torch.no_grad():
+                        loss = loss_fn(output, target)
+                else:
+                    # A copy: the loss function may write to its argument.
+                    loss = loss_fn(mapped(output, torch.clone), target)
             except (TypeError, AttributeError) as error:
                 strange = next((v for v in (inputs, output) if _is_structured(v)), None)
                 if strange is None:

@@ -104,6 +104,7 @@ class KeptGraphs:
         self._recording = False
         self._graphs: dict[int, Graph] = {}
         self._state: _State | None = None
+        self._marks: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
         # Sizes of the memory held, by address: that of the kept batches, and of the present one.
         self._held: dict[int, int] = {}
         self._packed: dict[int, int] = {}
@@ -150,7 +151,9 @@ class KeptGraphs:
         What was kept of a model that is no longer the same goes. The first pass within a session
         counts the memory that graphs hold.
         """
-        if self._state is not None and not self._state.is_that_of(self._objective):
+        if self._state is not None and not (
+            self._state.is_that_of(self._objective) and self._data_are_those_of_the_graphs()
+        ):
             self.clear()
         if self._state is not None or self._budget == 0 or not self._objective.keeps_graphs:
             yield
@@ -198,12 +201,20 @@ class KeptGraphs:
         index = batch.index
         if self._recorder is not None and isinstance(graph, GradientGraph):
             graph = CapturedGraph(graph, self._recorder, index)
+        self._marks[index] = tensor_marks(tensors_in(batch.data))
         # Without the loss's own graph, of which nothing more is wanted.
         self.seen[index] = dataclasses.replace(
             seen, batch=batch, loss=seen.loss.detach(), output=None, target=None, prepared=graph
         )
         self._graphs[index] = graph
         return True
+
+    def _data_are_those_of_the_graphs(self) -> bool:
+        """Whether nobody has written to the batches that are kept on the device."""
+        return all(
+            tensor_marks(tensors_in(seen.batch.data)) == self._marks[index]
+            for index, seen in self.seen.items()
+        )
 
     def clear(self) -> None:
         """Let everything go, for graphs of the model as it is now."""
@@ -213,6 +224,7 @@ class KeptGraphs:
             self._recorder = None
         self._graphs.clear()
         self.seen.clear()
+        self._marks.clear()
         self._held.clear()
         self._packed.clear()
         self._state = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .channels_last import is_marked
-from .nested import mapped
+from .errors import ArgumentTypeError
+from .nested import mapped, tensors_in
 from .products import not_twice
 from .tracing import GraphTrace
-from .weights import criterion_function, criterion_option, is_sum
+from .weights import as_pytorch_has_it, criterion_function, criterion_option, is_sum
 
 __all__ = [
     "Diagonal",
@@ -40,9 +40,20 @@ Outputs = Sequence[Tensor]
 
 
 def places_in(output: Any) -> list[int]:
-    """Where, among all the tensors of a model's output, those with a graph are."""
+    """Where, among all the tensors of a model's output, those with a graph are.
+
+    Raises:
+        ArgumentTypeError: some are within objects that are not followed.
+    """
     found: list[int] = []
     tensors = _every(output)
+    followed = {id(t) for t in tensors}
+    if any(t.requires_grad and id(t) not in followed for t in tensors_in(output)):
+        raise ArgumentTypeError(
+            f"The model's output, a {type(output).__name__}, holds tensors within objects that "
+            "are not looked into for a matrix of its outputs. Let the model return a tensor, or "
+            "tensors in a tuple, list, dict or dataclass."
+        )
     for place, tensor in enumerate(tensors):
         if tensor.requires_grad and all(tensor is not tensors[p] for p in found):
             found.append(place)
@@ -183,7 +194,8 @@ def loss_gradient(
         return next((own for t, own in pairs if t is tensor), tensor.detach())
 
     with torch.enable_grad():
-        loss = criterion(mapped(output, change), target)
+        # Copies, to which the loss function may write.
+        loss = criterion(mapped(mapped(output, change), torch.clone), target)
     if not loss.requires_grad:
         return leaves, [None] * len(leaves)
     refusal = None if trace is None else trace.refusal(loss, leaves)
@@ -241,7 +253,10 @@ class Diagonal(_Closed):
     """A number for each element of the outputs, or one for all."""
 
     def __init__(self, diagonal: Tensor | float) -> None:
+        """`diagonal` may be negative where weights are."""
         self.diagonal = diagonal
+        if isinstance(diagonal, Tensor):
+            self.positive = bool((diagonal >= 0).all())
 
     def times(self, tangents: Outputs) -> list[Tensor | None]:
         """As of `OutputMatrix`."""
@@ -257,7 +272,7 @@ def closed_form(criterion: Any, output: Any, target: Any) -> LossHessian | None:
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         return None
     found: LossHessian | None = None
-    if isinstance(criterion, functools.partial) and criterion.args:
+    if not as_pytorch_has_it(criterion):
         return None
     function = criterion_function(criterion)
     kind = type(function)
@@ -269,7 +284,8 @@ def closed_form(criterion: Any, output: Any, target: Any) -> LossHessian | None:
         if kind is nn.MSELoss or (function is F.mse_loss and lacks(criterion, "weight")):
             found = Diagonal(2 * share)
         elif kind is nn.BCEWithLogitsLoss or function is F.binary_cross_entropy_with_logits:
-            found = Logistic(_logistic(criterion, output, target).mul_(share))
+            curvature = _logistic(criterion, output, target) * share
+            found = Logistic(curvature) if curvature.shape == output.shape else None
     return found
 
 
@@ -300,6 +316,7 @@ def label_coefficients(criterion: Any, output: Tensor, target: Tensor) -> Tensor
     else:
         if target.shape != labels:
             return None
+        target = target.long()
         used = target != int(criterion_option(criterion, "ignore_index", -100))
         own = weight[torch.where(used, target, 0)] * used
         found = (1 - smoothing) * own + smoothing * weight.mean() * used

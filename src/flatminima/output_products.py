@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .loss_curvature import OutputMatrix
+from .loss_curvature import OutputMatrix, patternless
 from .products import PerLeaf, not_twice, second_derivative
 from .settings import memory_of
 from .tracing import GraphTrace
@@ -31,8 +31,8 @@ class OutputGraph:
         leaves: the parameters.
         layout: how the leaves lie in a vector.
         trace: entered while the outputs were computed, when the graph is to be examined.
-        note: is told the least tᵀ M t of an example and the largest |tᵀ M t|, where M is not known
-            to be positive semi-definite.
+        note: is told tᵀ M t and |tᵀ M t| of a product, where M is not known to be positive
+            semi-definite.
 
     Attributes:
         saved: address and bytes of what the graph of Jᵀu has saved beside what was there before.
@@ -111,19 +111,7 @@ class OutputGraph:
     def _product(self, pieces: Sequence[Tensor], keep: bool) -> PerLeaf:
         if not self._edges:
             return [None] * len(self._leaves)
-        with second_derivative(self._trace):
-            found = torch.autograd.grad(
-                list(self._edges.values()),
-                self._seeds,
-                grad_outputs=[pieces[i] for i in self._edges],
-                retain_graph=keep,
-                allow_unused=True,
-            )
-        tangents = [
-            torch.zeros_like(o) if t is None else t.detach()
-            for t, o in zip(found, self._outputs, strict=True)
-        ]
-        del found
+        tangents = self._tangents(pieces, keep=keep)
         with second_derivative(self._trace):
             cotangents = self._matrix.times(tangents)
         if not self._matrix.positive:
@@ -141,12 +129,45 @@ class OutputGraph:
             allow_unused=True,
         )
 
+    def _tangents(self, pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
+        """J v, a tensor for each output."""
+        if not self._edges:
+            return [torch.zeros_like(o) for o in self._outputs]
+        with second_derivative(self._trace):
+            found = torch.autograd.grad(
+                list(self._edges.values()),
+                self._seeds,
+                grad_outputs=[pieces[i] for i in self._edges],
+                retain_graph=keep,
+                allow_unused=True,
+            )
+        return [
+            torch.zeros_like(o) if t is None else t.detach()
+            for t, o in zip(found, self._outputs, strict=True)
+        ]
+
     def _note(self, tangents: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> None:
+        # Of all examples together: those of one may be joined with another's.
         forms = [
-            (t * c).double().reshape(len(t) if t.dim() else 1, -1).sum(1)
+            (t * c).double().sum()
             for t, c in zip(tangents, cotangents, strict=True)
             if c is not None
         ]
-        if any(len(f) for f in forms):
-            joined = torch.cat(forms)
-            self._tell(joined.min(), joined.abs().max())
+        if forms:
+            total = torch.stack(forms).sum()
+            self._tell(total, total.abs())
+
+    def adjoint_forms(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """⟨u, J v⟩ and ⟨Jᵀ u, v⟩ for a u without a pattern, which keeps the graph.
+
+        They differ where a function's backward hides how it depends on what it is given.
+        """
+        pieces = self._layout.unflatten(vector)
+        tangents, probes = self._tangents(pieces, keep=True), [*map(patternless, self._outputs)]
+        left = torch.stack([(t * u).double().sum() for t, u in zip(tangents, probes, strict=True)])
+        found = torch.autograd.grad(
+            self._outputs, self._leaves, probes, retain_graph=True, allow_unused=True
+        )
+        pairs = [(g, p) for g, p in zip(found, pieces, strict=True) if g is not None]
+        right = torch.stack([(g * p).double().sum() for g, p in pairs])
+        return left.sum(), right.sum()

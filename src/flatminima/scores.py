@@ -21,12 +21,13 @@ from .loss_curvature import (
     label_coefficients,
     lacks,
     loss_gradient,
+    outputs_at,
     places_in,
 )
-from .nested import tensors_in
-from .weights import criterion_function, criterion_option, example_weights, is_sum
+from .nested import cut, mapped, tensors_in
+from .weights import criterion_function, criterion_option, example_weights, is_known, is_sum
 
-__all__ = ["ScoreMatrix", "drawn_scores", "given_scores", "likelihood_curvature"]
+__all__ = ["ScoreMatrix", "check_examples", "drawn_scores", "given_scores", "likelihood_curvature"]
 
 
 @dataclasses.dataclass
@@ -140,6 +141,49 @@ def drawn_scores(
     return ScoreMatrix([scores], output.new_full((shape[1],), share / samples))
 
 
+def check_examples(criterion: Any, output: Any, target: Any) -> None:
+    """Refuse losses that are not the mean of their examples' own, or their sum where they say so.
+
+    Asked of functions of the user's own, with the first two examples.
+
+    Raises:
+        InvalidArgumentError: it is another.
+    """
+    if is_known(criterion):
+        return
+    places = places_in(output)
+    tensors = [t for t in outputs_at(output, places) if t.dim() > 0]
+    count = len(tensors[0]) if tensors else 0
+    if count < 2:
+        return
+    try:
+        with torch.no_grad():
+            both, first, second = (
+                float(
+                    criterion(
+                        mapped(output, lambda t, a=a, b=b: t[a:b].clone()),  # type: ignore[misc]
+                        cut(target, a, b, count),
+                    )
+                )
+                for a, b in ((0, 2), (0, 1), (1, 2))
+            )
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"{_APART} The loss of two of them fails ({error}). Let outputs and targets have the "
+            "examples first, or use GaussNewtonOperator."
+        ) from error
+    expected = first + second if is_sum(criterion) else (first + second) / 2
+    if abs(both - expected) > 1e-3 * max(abs(both), abs(first), abs(second)):
+        raise InvalidArgumentError(
+            f"{_APART} The loss of two of them is {both:.6g}, and the mean of their own losses "
+            f"{(first + second) / 2:.6g}: either they depend on each other, or the loss adds up "
+            "without saying so by reduction='sum'."
+        )
+
+
+_APART = "The empirical Fisher matrix needs the mean loss of each example."
+
+
 def given_scores(criterion: Any, output: Any, target: Any) -> ScoreMatrix:
     """Σ (w_i / Σw) ∇ℓ_i ∇ℓ_iᵀ over the examples, each with its own mean loss ℓ_i.
 
@@ -148,7 +192,12 @@ def given_scores(criterion: Any, output: Any, target: Any) -> ScoreMatrix:
     """
     _, gradients = loss_gradient(criterion, output, target, places_in(output))
     weights = example_weights(criterion, target)
-    single = weights is not None and next(tensors_in(target)).dim() == 0
+    labels = next(tensors_in(target), None)
+    probabilities = labels is not None and labels.dtype.is_floating_point
+    classes = type(criterion_function(criterion)) is nn.CrossEntropyLoss and probabilities
+    single = labels is not None and labels.dim() == (1 if classes else 0)
+    if single and weights is not None:
+        weights = torch.ones_like(weights[:1])
     scores = [g if g is None or not single else g.unsqueeze(0) for g in gradients]
     if weights is None or any(g is not None and g.shape[:1] != weights.shape for g in scores):
         raise InvalidArgumentError(
@@ -159,6 +208,7 @@ def given_scores(criterion: Any, output: Any, target: Any) -> ScoreMatrix:
     total: Any = 1.0 if is_sum(criterion) else weights.sum()
     coefficients = torch.where(weights > 0, total / weights, 0)
     dtype = next((g.dtype for g in scores if g is not None), coefficients.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
     return ScoreMatrix(
         [None if g is None else g.unsqueeze(0) for g in scores], coefficients.to(dtype)
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
+import types
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -97,12 +99,22 @@ def _described(value: Any, mark: Mark, known: list[Any], within: frozenset[int])
     elif isinstance(value, (set, frozenset)):
         if len(value) < LONG:
             return type(value), frozenset(_described(v, mark, known, deeper) for v in value)
-    elif not isinstance(value, nn.Module) and not callable(value) and hasattr(value, "__dict__"):
+    elif isinstance(value, functools.partial):
+        inside = (value.func, value.args, value.keywords)
+    elif _is_record(value):
         inside = vars(value).items()
     if inside is None:
         known.append(value)
         return type(value), id(value)
     return type(value), tuple(_described(v, mark, known, deeper) for v in inside)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether what it is lies in its attributes: neither a module, nor a function, nor a class."""
+    functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
+    if isinstance(value, (nn.Module, *functions)) or not hasattr(value, "__dict__"):
+        return False
+    return not callable(value) or not type(value).__module__.startswith("torch.")
 
 
 def tensor_identity(tensor: Tensor) -> Hashable:

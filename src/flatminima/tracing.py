@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .nested import tensors_in
 
-__all__ = ["GraphTrace", "operation_name"]
+__all__ = ["LOSS", "GraphTrace", "operation_name"]
 
 LOSS = "the loss function"
 MODEL = "the model itself"

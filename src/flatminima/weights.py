@@ -16,10 +16,13 @@ from .nested import tensors_in
 
 __all__ = [
     "BatchWeight",
+    "as_pytorch_has_it",
     "criterion_function",
     "criterion_option",
     "example_count",
     "example_weights",
+    "has_closed_form",
+    "is_known",
     "is_sum",
     "split_pair",
     "token_weight",
@@ -135,6 +138,34 @@ def criterion_function(loss_fn: Any) -> Any:
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
     return loss_fn
+
+
+def as_pytorch_has_it(loss_fn: Any) -> bool:
+    """Whether calling it does what its class or function says: no hook, no forward of its own."""
+    if isinstance(loss_fn, functools.partial) and loss_fn.args:
+        return False
+    function = criterion_function(loss_fn)
+    if not isinstance(function, nn.Module):
+        return True
+    hooks = (function._forward_hooks, function._forward_pre_hooks, function._backward_hooks)
+    return not any(hooks) and "forward" not in vars(function)
+
+
+def is_known(loss_fn: Any) -> bool:
+    """Whether it is one of PyTorch's criteria, as it is."""
+    function = criterion_function(loss_fn)
+    module = isinstance(function, nn.modules.loss._Loss) and type(function).__module__.startswith(
+        "torch."
+    )
+    return as_pytorch_has_it(loss_fn) and (module or function in _FUNCTIONS)
+
+
+def has_closed_form(loss_fn: Any) -> bool:
+    """Whether its second derivative by the outputs is known without differentiating."""
+    function = criterion_function(loss_fn)
+    kinds = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
+    functions = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
+    return as_pytorch_has_it(loss_fn) and (type(function) in kinds or function in functions)
 
 
 def is_sum(loss_fn: Any) -> bool:

@@ -13,6 +13,7 @@ from ..checks import check_choice, check_number, check_positive
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..results import Estimate, Outcome, Result, Table, format_number, reading_notes
 from .broadening import Scale, default_sigma, gaussian, on_axis, resolved
+from .probes import spread
 from .quadrature import (
     check_positive_definite,
     mean_and_error,
@@ -157,7 +158,7 @@ class SpectralDensity(Result):
             rows[row] = weights @ gaussian(places, signs, values, side, self.sigma)
         rows *= (self.size - len(atoms)) / self.size
         rows += gaussian(places, signs, atoms, ends, self.sigma).sum(dim=0) / self.size
-        return rows.mean(dim=0), rows.std(dim=0) / math.sqrt(self.probes)
+        return spread(rows)
 
     def rescaled(self, *, scale: Scale = "linear", sigma: float | None = None) -> SpectralDensity:
         """The same nodes drawn on another scale, or more or less blurred.
@@ -283,8 +284,8 @@ class SpectralDensity(Result):
         exact = float((self.eigenvalues < -bound).sum())
         left = self.size - len(self.eigenvalues)
         found = mean_and_error((exact + left * rest) / self.size)
-        spread = left / self.size * width / math.sqrt(12)
-        return Estimate(found.value, math.hypot(found.standard_error, spread))
+        slack = left / self.size * width / math.sqrt(12)
+        return Estimate(found.value, math.hypot(found.standard_error, slack))
 
     def log_determinant(self, shift: float) -> Estimate:
         """Log det(A + τ I), for as many shifts τ as one likes.

@@ -254,6 +254,9 @@ def _estimates(
 ) -> Iterator[_Estimate]:
     """An estimate for each look at the error, each from all products so far."""
     n = operator.shape[0]
+    if method == "exact":
+        yield _exact(diagonal_by_unit_vectors(operator, step))
+        return
     if method == "auto":
         fits = SKETCH_BYTES // (n * operator.dtype.itemsize) // 3
         short = limit < LEAST or torch.finfo(operator.dtype).bits < 32

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..eigen.chain import Floats, eigh
 from ..errors import NotPositiveDefiniteError
 from ..results import Estimate, format_number
+from .probes import spread
 
 __all__ = [
     "Quadrature",
@@ -148,9 +149,9 @@ def spectral_samples(
 
 
 def mean_and_error(samples: Tensor) -> Estimate:
-    """Mean of the samples, (probes,), and its standard error."""
-    count = len(samples)
-    return Estimate(float(samples.mean()), float(samples.std()) / math.sqrt(count))
+    """Mean of the samples, (probes,), and its standard error, widened by Student's t."""
+    mean, error = spread(samples)
+    return Estimate(float(mean), float(error))
 
 
 def share_below(
@@ -192,7 +193,10 @@ def check_positive_definite(call: str, smallest: float, shift: float, resolution
     """
     if smallest + shift > resolution:
         return
-    least = max(resolution, 1e-3 * abs(smallest)) - smallest
+    least = max(2 * resolution, 1e-3 * abs(smallest)) - smallest
+    # Rounded up, so that what is printed would do.
+    digit = 10.0 ** (math.floor(math.log10(least)) - 2) if least > 0 else 0.0
+    least = math.ceil(least / digit) * digit if digit else 1.0
     what = (
         f"has an eigenvalue of {format_number(smallest)} or below"
         if smallest + shift < -resolution

@@ -27,10 +27,10 @@ from ..loss_curvature import (
 from ..nested import mapped, to_device
 from ..objective import Objective, check_objective
 from ..output_products import OutputGraph
-from ..products import PerLeaf, extrapolated
-from ..randomness import Seed, as_generator, reseed
-from ..scores import drawn_scores, given_scores, likelihood_curvature
-from ..tracing import GraphTrace
+from ..products import PerLeaf, extrapolated, where
+from ..randomness import Seed, as_generator, rademacher, reseed
+from ..scores import check_examples, drawn_scores, given_scores, likelihood_curvature
+from ..tracing import LOSS, GraphTrace
 from ..weights import split_pair
 from .curvature import CurvatureOperator, Part
 
@@ -102,6 +102,37 @@ class _OutputOperator(CurvatureOperator):
         except NotTwiceDifferentiableError:
             return None
         return total[0] if possible else None
+
+    def _check_functions(self, trace: GraphTrace) -> None:
+        """Try the user's own functions: J and Jᵀ must belong to each other, whatever J is.
+
+        So also of functions whose backward is meant to be another's (straight-through estimators).
+        """
+        if not trace.functions:
+            return
+        if LOSS in trace.functions.values():
+            super()._check_functions(trace)
+            return
+        forms: list[tuple[Tensor, Tensor]] = []
+        probe = rademacher(
+            1, self.shape[0], as_generator(0, self.device), dtype=self.dtype, device=self.device
+        )[0]
+
+        def part(graph: OutputGraph, keep: bool) -> PerLeaf:  # noqa: ARG001
+            forms.append(graph.adjoint_forms(probe))
+            return [None] * len(self.objective.layout.names)
+
+        self._summed(part, 1)
+        for left, right in ((float(one), float(other)) for one, other in forms):
+            if abs(left - right) > 0.01 * max(abs(left), abs(right)):
+                name, module = next(iter(trace.functions.items()))
+                raise NotTwiceDifferentiableError(
+                    f"The derivative of the outputs that PyTorch finds by {name}{where(module)} "
+                    "contradicts its transpose: its backward hides what it depends on. Write it "
+                    "with differentiable operations, or mark it with once_differentiable.",
+                    name,
+                    module,
+                )
 
     # ------------------------------------------------------------------ by differences
 
@@ -334,9 +365,11 @@ class FisherOperator(_OutputOperator):
             torch.randint(2**62, (), generator=generator, device=generator.device).item()
         )
 
-    def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:  # noqa: ARG002
+    def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
         loss_fn, output, target = self.objective.loss_fn, seen.output, seen.target
         if self.kind == "empirical":
+            if trace is not None:
+                check_examples(loss_fn, output, target)
             return given_scores(loss_fn, output, target)
         if self.kind == "exact":
             found = likelihood_curvature(loss_fn, output, target)

@@ -227,6 +227,10 @@ class LinearOperator(ABC):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> LinearOperator:
+        """A / c."""
+        return self * (1 / check_number(f"{type(self).__name__} /", "divisor", divisor))
+
     def __neg__(self) -> LinearOperator:
         """−A."""
         return self * -1.0
