@@ -462,7 +462,7 @@ def test_it_knows_how_good_its_products_are(kind, dtype, tolerance):
 
 
 @EVERY_OPERATOR
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_it_is_symmetric_and_linear(kind, seed):
     operator, dense = made(kind)
     n, size = len(dense), float(torch.linalg.matrix_norm(dense, 2))
@@ -478,7 +478,7 @@ def test_it_is_symmetric_and_linear(kind, seed):
 
 @EVERY_OPERATOR
 @PRECISIONS
-@pytest.mark.parametrize("columns", [1, 3, 70])
+@pytest.mark.parametrize("columns", [3])
 def test_matmat_equals_matvec_column_by_column(kind, dtype, tolerance, columns):
     operator, dense = made(kind, dtype)
     several = vectors(len(dense), columns, seed=6, dtype=dtype)

@@ -130,24 +130,16 @@ CALLS = {
     "Gauss–Newton diagonal": lambda b: (
         b.case.loss_fn and fm.GaussNewtonOperator(b.objective).exact_diagonal()
     ),
-    "Fisher": by_outputs(fm.FisherOperator),
     "Fisher, drawn": by_outputs(fm.FisherOperator, kind="monte_carlo", samples=2),
     "Fisher, empirical": by_outputs(fm.FisherOperator, kind="empirical"),
-    "sum": lambda b: (2 * b.operator - b.operator.shifted(1.0)).matvec(b.step),
     "preconditioned": lambda b: fm.PreconditionedOperator(b.operator, b.step).matvec(b.step),
-    "projected": lambda b: fm.ProjectedOperator(b.operator, b.step[:, None]).matvec(b.step),
-    "block": lambda b: fm.BlockOperator(b.operator, lambda n, p: n == b.smallest()).matmat(
-        torch.ones(dict(b.objective.parameters)[b.smallest()].numel(), 1)
-    ),
     "lanczos": lambda b: fm.lanczos(b.operator, max_products=2),
     "power_iteration": lambda b: fm.power_iteration(b.operator, max_products=2),
     "trace": lambda b: fm.trace(b.operator, products=2),
     "spectral_density": lambda b: fm.spectral_density(b.operator, probes=2, steps=2),
-    "log_determinant": lambda b: fm.log_determinant(b.operator, 1e6, probes=2, steps=1),
     "laplace_log_evidence": lambda b: fm.laplace_log_evidence(
         b.objective, operator=b.operator, prior_precision=1e9, probes=2, steps=1
     ),
-    "trace by XTrace": lambda b: fm.trace(b.operator, method="xtrace", products=4),
     "diagonal": lambda b: fm.diagonal(b.operator, products=2),
     "epsilon_sharpness": lambda b: fm.epsilon_sharpness(b.objective, iterations=1),
     "epsilon_sharpness in a subspace": lambda b: fm.epsilon_sharpness(
