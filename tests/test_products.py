@@ -438,7 +438,7 @@ X, Y = seeded(9, 3, seed=3), seeded(9, 2, seed=4)
 
 def wavy_hessian(objective):
     """By torch.sin, of the same loss."""
-    plain = fm.Objective(Wavy(torch.sin), objective._loss_fn, (X, Y), params=objective.layout.names)
+    plain = fm.Objective(Wavy(torch.sin), objective.loss_fn, (X, Y), params=objective.layout.names)
     return fm.HessianOperator(plain) @ torch.eye(objective.size).double()
 
 

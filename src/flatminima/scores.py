@@ -167,7 +167,7 @@ def check_examples(criterion: Any, output: Any, target: Any) -> None:
                 )
                 for a, b in ((0, 2), (0, 1), (1, 2))
             )
-    except Exception as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise InvalidArgumentError(
             f"{_APART} The loss of two of them fails ({error}). Let outputs and targets have the "
             "examples first, or use GaussNewtonOperator."
