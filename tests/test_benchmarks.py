@@ -129,4 +129,7 @@ def test_only_what_is_between_the_markers_changes():
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         page.main(["boxes"])
-    assert "known are products, eigenpairs, box, points, scale, startup" in capsys.readouterr().err
+    assert (
+        "known are products, eigenpairs, box, points, traces, scale, startup"
+        in capsys.readouterr().err
+    )
