@@ -83,6 +83,15 @@ def test_the_best_prior_is_where_the_evidence_is_largest():
     )
 
 
+def test_both_spellings_are_understood():
+    objective = build("softmax_regression").objective()
+    one, other = (
+        fm.laplace_log_evidence(objective, prior_precision=p, steps=5)
+        for p in ("optimise", "optimize")
+    )
+    assert one == other
+
+
 def test_the_optimum_costs_no_products_of_its_own():
     objective = build("padded_token_model").objective()
     given = fm.laplace_log_evidence(objective, prior_precision=2.0, steps=20)

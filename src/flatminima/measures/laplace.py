@@ -95,7 +95,7 @@ class LaplaceResult(Result):
 def laplace_log_evidence(
     objective: Objective,
     *,
-    prior_precision: float | Literal["optimise"] = 1.0,
+    prior_precision: float | Literal["optimise", "optimize"] = 1.0,
     operator: LinearOperator | None = None,
     observations: float | None = None,
     probes: int = 10,
@@ -120,7 +120,7 @@ def laplace_log_evidence(
 
     Args:
         objective: with `loss_fn`; a mean over observations, such as cross-entropy.
-        prior_precision: τ, or "optimise" for the one that makes the evidence largest.
+        prior_precision: τ, or "optimise" (also "optimize") for the one that makes the evidence largest.
         operator: in the place of G, such as `FisherOperator(objective)`; it must be positive
             semi-definite.
         observations: N, where the loss's own count is not that of independent observations. By
@@ -153,7 +153,7 @@ def laplace_log_evidence(
     call = "laplace_log_evidence"
     check_objective(call, objective)
     optimise = isinstance(prior_precision, str)
-    if optimise and prior_precision != "optimise":
+    if optimise and prior_precision not in ("optimise", "optimize"):
         raise InvalidArgumentError(
             f"The 'prior_precision' argument of {call} must be a number above 0 or 'optimise'; got "
             f"{prior_precision!r}."
