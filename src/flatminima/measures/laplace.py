@@ -120,7 +120,8 @@ def laplace_log_evidence(
 
     Args:
         objective: with `loss_fn`; a mean over observations, such as cross-entropy.
-        prior_precision: τ, or "optimise" (also "optimize") for the one that makes the evidence largest.
+        prior_precision: τ, or "optimise" (also "optimize") for the one that makes the evidence
+            largest.
         operator: in the place of G, such as `FisherOperator(objective)`; it must be positive
             semi-definite.
         observations: N, where the loss's own count is not that of independent observations. By
