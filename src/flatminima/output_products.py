@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from .loss_curvature import OutputMatrix, patternless
-from .products import PerLeaf, not_twice, second_derivative
+from .products import PerLeaf, edge_of, not_twice, second_derivative
 from .settings import memory_of
 from .tracing import GraphTrace
 from .vectors import Layout
@@ -64,9 +63,7 @@ class OutputGraph:
                 outputs, leaves, grad_outputs=self._seeds, create_graph=True, allow_unused=True
             )
         self._edges = {
-            i: get_gradient_edge(g)
-            for i, g in enumerate(gradients)
-            if g is not None and g.requires_grad
+            i: edge_of(g) for i, g in enumerate(gradients) if g is not None and g.requires_grad
         }
 
     def _without_zeros(self) -> contextlib.AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "PerLeaf",
     "Quotients",
     "central_differences",
+    "edge_of",
     "extrapolated",
     "not_twice",
     "second_derivative",
@@ -67,9 +69,7 @@ class GradientGraph:
         # A gradient without a graph is constant in θ: a linear or an unused parameter. Of the
         # others the edge is enough, so that the gradient's own memory is not held.
         self._edges = {
-            i: get_gradient_edge(g)
-            for i, g in enumerate(gradients)
-            if g is not None and g.requires_grad
+            i: edge_of(g) for i, g in enumerate(gradients) if g is not None and g.requires_grad
         }
 
     def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> PerLeaf:
@@ -137,6 +137,15 @@ class GradientGraph:
                 retain_graph=keep,
                 allow_unused=True,
             )
+
+
+# Asked for what goes into a node of which some result was None, torch 2.6 crashes.
+EDGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+def edge_of(gradient: Tensor) -> Any:
+    """What a gradient is to be differentiated by: its edge, or itself where that is not safe."""
+    return get_gradient_edge(gradient) if EDGES else gradient
 
 
 # What PyTorch says of an operation without a second derivative.
