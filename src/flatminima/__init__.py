@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .comparison import Comparison, compare
 from .eigen.lanczos import lanczos
 from .eigen.power_iteration import power_iteration
 from .eigen.result import EigenResult
@@ -32,15 +32,10 @@ from .errors import (
     ShapeError,
     StateMismatchError,
 )
-from .estimators.density import SpectralDensity
-from .estimators.diagonal import DiagonalResult, diagonal
-from .estimators.log_determinant import LogDeterminantResult, log_determinant
 from .estimators.result import BlockTrace, TraceResult
-from .estimators.spectral_density import spectral_density
 from .estimators.trace import trace
 from .landscape.interpolation import Curve, Interpolation, interpolate
 from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
-from .measures.laplace import LaplaceResult, laplace_log_evidence
 from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
 from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
 from .metrics import accuracy
@@ -51,13 +46,19 @@ from .operators.hessian import HessianOperator
 from .operators.linear import LinearOperator
 from .operators.restricted import BlockOperator, PreconditionedOperator, ProjectedOperator
 from .operators.sums import SumOperator
-from .report.result import Measurement, SharpnessReport
-from .report.sharpness import sharpness
 from .results import Estimate, Outcome, Result, Table
 from .weights import token_weight
 
 if TYPE_CHECKING:
+    from .comparison import Comparison, compare
+    from .estimators.density import SpectralDensity
+    from .estimators.diagonal import DiagonalResult, diagonal
+    from .estimators.log_determinant import LogDeterminantResult, log_determinant
+    from .estimators.spectral_density import spectral_density
+    from .measures.laplace import LaplaceResult, laplace_log_evidence
     from .plotting.plot import plot
+    from .report.result import Measurement, SharpnessReport
+    from .report.sharpness import sharpness
 
 __version__ = "0.1.0"
 
@@ -135,12 +136,30 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # matplotlib is loaded only by whoever draws.
-    if name == "plot":
-        from .plotting.plot import plot
+# Loaded when they are first asked for, for a quick start; matplotlib only by whoever draws.
+_LATER = {
+    "Comparison": ".comparison",
+    "DiagonalResult": ".estimators.diagonal",
+    "LaplaceResult": ".measures.laplace",
+    "LogDeterminantResult": ".estimators.log_determinant",
+    "Measurement": ".report.result",
+    "SharpnessReport": ".report.result",
+    "SpectralDensity": ".estimators.density",
+    "compare": ".comparison",
+    "diagonal": ".estimators.diagonal",
+    "laplace_log_evidence": ".measures.laplace",
+    "log_determinant": ".estimators.log_determinant",
+    "plot": ".plotting.plot",
+    "sharpness": ".report.sharpness",
+    "spectral_density": ".estimators.spectral_density",
+}
 
-        return plot
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        found = getattr(importlib.import_module(_LATER[name], __name__), name)
+        globals()[name] = found
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
