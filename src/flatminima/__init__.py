@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .eigen.lanczos import lanczos
-from .eigen.power_iteration import power_iteration
-from .eigen.result import EigenResult
 from .errors import (
     ArgumentTypeError,
     ConvergenceError,
@@ -32,12 +29,6 @@ from .errors import (
     ShapeError,
     StateMismatchError,
 )
-from .estimators.result import BlockTrace, TraceResult
-from .estimators.trace import trace
-from .landscape.interpolation import Curve, Interpolation, interpolate
-from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
-from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
-from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
 from .metrics import accuracy
 from .objective import Objective
 from .operators.gauss_newton import FisherOperator, GaussNewtonOperator
@@ -51,11 +42,20 @@ from .weights import token_weight
 
 if TYPE_CHECKING:
     from .comparison import Comparison, compare
+    from .eigen.lanczos import lanczos
+    from .eigen.power_iteration import power_iteration
+    from .eigen.result import EigenResult
     from .estimators.density import SpectralDensity
     from .estimators.diagonal import DiagonalResult, diagonal
     from .estimators.log_determinant import LogDeterminantResult, log_determinant
+    from .estimators.result import BlockTrace, TraceResult
     from .estimators.spectral_density import spectral_density
+    from .estimators.trace import trace
+    from .landscape.interpolation import Curve, Interpolation, interpolate
+    from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
     from .measures.laplace import LaplaceResult, laplace_log_evidence
+    from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
+    from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
     from .plotting.plot import plot
     from .report.result import Measurement, SharpnessReport
     from .report.sharpness import sharpness
@@ -138,20 +138,37 @@ __all__ = [
 
 # Loaded when they are first asked for, for a quick start; matplotlib only by whoever draws.
 _LATER = {
+    "BlockTrace": ".estimators.result",
     "Comparison": ".comparison",
+    "Curve": ".landscape.interpolation",
     "DiagonalResult": ".estimators.diagonal",
+    "EigenResult": ".eigen.result",
+    "Interpolation": ".landscape.interpolation",
     "LaplaceResult": ".measures.laplace",
+    "LayerCurvature": ".measures.layerwise",
+    "LayerwiseResult": ".measures.layerwise",
     "LogDeterminantResult": ".estimators.log_determinant",
     "Measurement": ".report.result",
+    "RandomSharpnessResult": ".measures.random_sharpness",
     "SharpnessReport": ".report.result",
+    "SharpnessResult": ".measures.epsilon_sharpness",
     "SpectralDensity": ".estimators.density",
+    "TensorSharpness": ".measures.random_sharpness",
+    "TraceResult": ".estimators.result",
     "compare": ".comparison",
     "diagonal": ".estimators.diagonal",
+    "epsilon_sharpness": ".measures.epsilon_sharpness",
+    "interpolate": ".landscape.interpolation",
+    "lanczos": ".eigen.lanczos",
     "laplace_log_evidence": ".measures.laplace",
+    "layerwise": ".measures.layerwise",
     "log_determinant": ".estimators.log_determinant",
     "plot": ".plotting.plot",
+    "power_iteration": ".eigen.power_iteration",
+    "random_sharpness": ".measures.random_sharpness",
     "sharpness": ".report.sharpness",
     "spectral_density": ".estimators.spectral_density",
+    "trace": ".estimators.trace",
 }
 
 
