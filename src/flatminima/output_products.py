@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,6 @@ class OutputGraph:
         leaves: the parameters.
         layout: how the leaves lie in a vector.
         trace: entered while the outputs were computed, when the graph is to be examined.
-        note: is told tᵀ M t and |tᵀ M t| of a product, where M is not known to be positive
-            semi-definite.
 
     Attributes:
         saved: address and bytes of what the graph of Jᵀu has saved beside what was there before.
@@ -47,14 +45,12 @@ class OutputGraph:
         leaves: Sequence[Tensor],
         layout: Layout,
         trace: GraphTrace | None = None,
-        *,
-        note: Callable[[Tensor, Tensor], None],
     ) -> None:
         refusal = None if trace is None else trace.refusal(outputs, leaves)
         if refusal is not None:
             raise not_twice(*refusal)
         self._outputs, self._leaves, self._matrix = outputs, leaves, matrix
-        self._layout, self._trace, self._tell = layout, trace, note
+        self._layout, self._trace = layout, trace
         self.saved: dict[int, int] = {}
         # One number each, since outputs may be as large as a vocabulary.
         self._seeds = [t.new_zeros(()).requires_grad_().expand(t.shape) for t in outputs]
@@ -111,8 +107,6 @@ class OutputGraph:
         tangents = self._tangents(pieces, keep=keep)
         with second_derivative(self._trace):
             cotangents = self._matrix.times(tangents)
-        if not self._matrix.positive:
-            self._note(tangents, cotangents)
         del tangents
         used = [(o, c) for o, c in zip(self._outputs, cotangents, strict=True) if c is not None]
         del cotangents
@@ -142,17 +136,6 @@ class OutputGraph:
             torch.zeros_like(o) if t is None else t.detach()
             for t, o in zip(found, self._outputs, strict=True)
         ]
-
-    def _note(self, tangents: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> None:
-        # Of all examples together: those of one may be joined with another's.
-        forms = [
-            (t * c).double().sum()
-            for t, c in zip(tangents, cotangents, strict=True)
-            if c is not None
-        ]
-        if forms:
-            total = torch.stack(forms).sum()
-            self._tell(total, total.abs())
 
     def adjoint_forms(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """⟨u, J v⟩ and ⟨Jᵀ u, v⟩ for a u without a pattern, which keeps the graph.

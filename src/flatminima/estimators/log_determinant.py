@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
@@ -13,7 +12,7 @@ from ..operators.linear import LinearOperator
 from ..randomness import Seed
 from ..results import Outcome, Result, Table, format_number, reading_notes
 from .chains import gauss_quadrature
-from .quadrature import check_positive_definite
+from .quadrature import check_positive_definite, truncation_notes
 
 __all__ = ["LogDeterminantResult", "log_determinant"]
 
@@ -137,13 +136,6 @@ def log_determinant(
         return (values + shift).log()
 
     total, truncation = found.sum(logarithm), found.truncation(logarithm)
-    notes = found.notes
-    if truncation > total.standard_error:
-        size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
-        notes += (
-            f"The quadrature may be off by {size}, more than the standard error: raise steps, or "
-            "take outliers out.",
-        )
     return LogDeterminantResult(
         value=total.value,
         standard_error=total.standard_error,
@@ -154,5 +146,5 @@ def log_determinant(
         products=found.products,
         outcome=Outcome.COMPLETED,
         readings=found.readings,
-        notes=notes,
+        notes=found.notes + truncation_notes(truncation, total.standard_error),
     )

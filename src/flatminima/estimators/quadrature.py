@@ -23,6 +23,7 @@ __all__ = [
     "mean_and_error",
     "share_below",
     "spectral_samples",
+    "truncation_notes",
 ]
 
 
@@ -134,6 +135,17 @@ class Quadrature:
             return after
         rate = min(math.sqrt(after / before), 0.9) if before > 0 else 0.9
         return after * rate / (1 - rate)
+
+
+def truncation_notes(truncation: float, error: float) -> tuple[str, ...]:
+    """What to say where the quadrature's own error exceeds the standard error."""
+    if truncation <= error:
+        return ()
+    size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
+    return (
+        f"The quadrature may be off by {size}, more than the standard error: raise steps, or "
+        "take outliers out.",
+    )
 
 
 def spectral_samples(

@@ -13,7 +13,7 @@ from ..checks import check_positive
 from ..eigen.result import EigenResult
 from ..errors import InvalidArgumentError, NotPositiveDefiniteError
 from ..estimators.chains import gauss_quadrature
-from ..estimators.quadrature import Quadrature
+from ..estimators.quadrature import Quadrature, truncation_notes
 from ..objective import Objective, check_objective
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.linear import LinearOperator, check_operator
@@ -205,13 +205,6 @@ def laplace_log_evidence(
     total, truncation = found.sum(logarithm), found.truncation(logarithm) / 2
     likelihood = -count * loss
     prior = -0.5 * tau * squares + 0.5 * objective.size * math.log(tau)
-    notes = found.notes
-    if truncation > total.standard_error / 2:
-        size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
-        notes += (
-            f"The quadrature may be off by {size}, more than the standard error: raise steps, or "
-            "take outliers out.",
-        )
     return LaplaceResult(
         value=likelihood + prior - total.value / 2,
         standard_error=total.standard_error / 2,
@@ -227,7 +220,7 @@ def laplace_log_evidence(
         products=found.products,
         outcome=Outcome.COMPLETED,
         readings=objective.batches.readings - before,
-        notes=notes,
+        notes=found.notes + truncation_notes(truncation, total.standard_error / 2),
     )
 
 

@@ -59,7 +59,6 @@ class _OutputOperator(CurvatureOperator):
                 "returns what the loss is made of, such as model(**input).logits."
             )
         super().__init__(objective, method=method, methods=METHODS, keep_graph=keep_graph)
-        self._lowest: Tensor | None = None
 
     @abstractmethod
     def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
@@ -68,13 +67,7 @@ class _OutputOperator(CurvatureOperator):
     def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> Graph:
         matrix = self._matrix(seen, trace)
         outputs = outputs_at(seen.output, places_in(seen.output))
-        return OutputGraph(outputs, matrix, leaves, self.objective.layout, trace, note=self._note)
-
-    def _note(self, low: Tensor, size: Tensor) -> None:
-        """Remember the least curvature of the loss along outputs, and the largest."""
-        if self._lowest is not None:
-            low, size = torch.minimum(low, self._lowest[0]), torch.maximum(size, self._lowest[1])
-        self._lowest = torch.stack([low, size])
+        return OutputGraph(outputs, matrix, leaves, self.objective.layout, trace)
 
     def exact_diagonal(self) -> Tensor | None:
         """The diagonal, shape (n,), by the Jacobian of each example.
@@ -245,6 +238,10 @@ class GaussNewtonOperator(_OutputOperator):
         # Of all batches that were looked at; None while none was.
         self._linear: bool | None = None
         self._told = False
+        # Whether the loss is known to be convex; else the least and the largest size of the
+        # Rayleigh quotients met, on the device.
+        self._convex = True
+        self._quotients: Tensor | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -252,9 +249,9 @@ class GaussNewtonOperator(_OutputOperator):
         found = super().notes
         if self._linear:
             found += (LINEAR,)
-        if self._lowest is not None:
-            low, size = self._lowest.tolist()
-            if low < -1e-4 * size:
+        if self._quotients is not None:
+            low, size = self._quotients.tolist()
+            if low < -max(1e-4 * size, self.floor):
                 found += (
                     "The loss is not convex in the model's outputs: its Gauss–Newton matrix is "
                     "not positive semi-definite.",
@@ -267,7 +264,20 @@ class GaussNewtonOperator(_OutputOperator):
         matrix = loss_hessian(loss_fn, seen.output, seen.target, trace)
         if trace is not None:
             self._linear = matrix.linear and self._linear is not False
+        self._convex = self._convex and matrix.positive
         return matrix
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        products = super()._products(vectors)
+        if not self._convex:
+            lengths = torch.linalg.vecdot(vectors, vectors)
+            found = torch.linalg.vecdot(vectors, products) / lengths.clamp(min=1e-30)
+            low, size = found.min(), found.abs().max()
+            if self._quotients is not None:
+                low = torch.minimum(low, self._quotients[0])
+                size = torch.maximum(size, self._quotients[1])
+            self._quotients = torch.stack([low, size])
+        return products
 
     def exact_diagonal(self) -> Tensor | None:
         """As of other operators on outputs; zeros where the loss is linear."""
