@@ -235,3 +235,14 @@ def test_table_tells_both_errors():
         "smallest Ritz value of A",
     ]
     assert "40 products" in result.table().title
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_left_after_the_outliers_may_be_rounding_alone(seed):
+    """Then its chains end; they went on in noise, which is not orthogonal to anything."""
+    tiny = torch.logspace(-20, -60, 53, dtype=torch.float64)
+    values = torch.cat([torch.logspace(0, -3, 30, dtype=torch.float64), tiny])
+
+    operator = fm.FunctionOperator(lambda v: values * v, 83, dtype=torch.float64)
+    found = fm.log_determinant(operator, 0.1, outliers=40, probes=8, steps=30, seed=seed)
+    assert found.value == pytest.approx(float((values + 0.1).log().sum()), rel=1e-9)

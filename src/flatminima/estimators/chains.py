@@ -134,7 +134,8 @@ class _Chain:
             gaps[-1] -= self.below[-1]
         check_symmetry(self.operator, gaps, max(scale, float(np.abs(numbers).max())), self.rounding)
         self.diagonal.append(float(heights[-1]))
-        size = max(np.abs(self.diagonal).max(), max(self.below, default=0.0), beta)
+        # What lies along the vectors taken out is rounding, which may be all that there is.
+        size = max(np.abs(self.diagonal).max(), max(self.below, default=0.0), np.abs(numbers).max())
         done = len(self.diagonal)
         whole = self.held + done == self.operator.shape[0]
         self.complete = whole or bool(beta <= self.rounding * size)

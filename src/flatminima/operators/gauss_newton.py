@@ -238,8 +238,7 @@ class GaussNewtonOperator(_OutputOperator):
         # Of all batches that were looked at; None while none was.
         self._linear: bool | None = None
         self._told = False
-        # Whether the loss is known to be convex; else the least and the largest size of the
-        # Rayleigh quotients met, on the device.
+        # Whether the loss is known to be convex; else the least and largest Rayleigh quotients.
         self._convex = True
         self._quotients: Tensor | None = None
 
@@ -249,13 +248,12 @@ class GaussNewtonOperator(_OutputOperator):
         found = super().notes
         if self._linear:
             found += (LINEAR,)
-        if self._quotients is not None:
-            low, size = self._quotients.tolist()
-            if low < -max(1e-4 * size, self.floor):
-                found += (
-                    "The loss is not convex in the model's outputs: its Gauss–Newton matrix is "
-                    "not positive semi-definite.",
-                )
+        low, size = (0.0, 0.0) if self._quotients is None else self._quotients.tolist()
+        if low < -max(1e-4 * size, self.floor):
+            found += (
+                "The loss is not convex in the model's outputs: its Gauss–Newton matrix is "
+                "not positive semi-definite.",
+            )
         return found
 
     def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
@@ -273,10 +271,8 @@ class GaussNewtonOperator(_OutputOperator):
             lengths = torch.linalg.vecdot(vectors, vectors)
             found = torch.linalg.vecdot(vectors, products) / lengths.clamp(min=1e-30)
             low, size = found.min(), found.abs().max()
-            if self._quotients is not None:
-                low = torch.minimum(low, self._quotients[0])
-                size = torch.maximum(size, self._quotients[1])
-            self._quotients = torch.stack([low, size])
+            old = (low, size) if self._quotients is None else self._quotients
+            self._quotients = torch.stack([torch.minimum(low, old[0]), torch.maximum(size, old[1])])
         return products
 
     def exact_diagonal(self) -> Tensor | None:
