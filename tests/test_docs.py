@@ -68,6 +68,9 @@ def given_in_the_readme() -> dict[str, Any]:
         nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
         for _ in range(2)
     ]
+    for model in models:
+        # Trained models have no batch norm at its start, where its bias is zero.
+        nn.init.normal_(model[1].bias)
     data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
     return {
         "model": models[0],

@@ -18,6 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import hessian_spectrum  # noqa: E402
 import image_data  # noqa: E402
+import rescaled_minima  # noqa: E402
 import small_vs_large_batch  # noqa: E402
 import spectrum_report  # noqa: E402
 
@@ -228,3 +229,40 @@ def test_the_notebook_runs(monkeypatch):
     client.execute()
     outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+
+
+def test_rescaled_minima_print_the_table_of_the_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- end of table -->\nafter\n", encoding="utf-8")
+    argv = ["--quick", "--quiet", "--images", "100", "--width", "16", "--out", str(tmp_path)]
+    assert rescaled_minima.main([*argv, "--page", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "100 training images" in printed
+    stem = tmp_path / "rescaled_minima_digits"
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    table = fm.InvarianceTable.from_json(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith("before\n<!-- table -->\n\n**The same function")
+    assert written.endswith("<!-- end of table -->\nafter\n")
+    assert "old" not in written
+    # What the committed page says is unchanged is unchanged here, and nothing else.
+    committed = (EXAMPLES.parent / "docs/invariance.md").read_text(encoding="utf-8")
+    rows = {r.split(" | ")[0][2:]: r for r in committed.splitlines() if r.startswith("| ")}
+    for name in table.measures:
+        cells = rows[name].rstrip(" |").split(" | ")[2:]
+        for kind, cell in zip(("layer", "neuron"), cells, strict=True):
+            assert table.invariant(kind, name) == (cell == "unchanged"), (name, kind)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data", "mnist"], "--root"),
+        (["--steps", "1"], "give more --steps"),
+        (["--page", "nowhere.md"], "nowhere.md"),
+    ],
+)
+def test_rescaled_minima_say_what_was_wrong(argv, words, tmp_path, capsys):
+    argv = ["--quick", "--quiet", "--images", "50", "--width", "8", "--out", str(tmp_path), *argv]
+    assert rescaled_minima.main(argv) == 2
+    assert words in capsys.readouterr().err

@@ -49,6 +49,7 @@ ROOMS = (
     "evaluation",
     "states",
     "objective",
+    "variants",
     "tracing",
     "products",
     "loss_curvature",
@@ -66,6 +67,8 @@ ROOMS = (
     "estimators",
     "optimize",
     "measures",
+    "homogeneous",
+    "rescaling",
     "landscape",
     "report",
     "comparison",
@@ -234,6 +237,7 @@ def test_functions_take_their_subject_first_and_then_keywords_only(name):
         return
     subjects = {
         "interpolate": 3,
+        "invariance_table": 3,
         "log_determinant": 2,
         "plot": 2,
         "sharpness": 3,
@@ -254,7 +258,7 @@ def test_every_argument_is_described(name):
         return
     described = inspect.getdoc(member)
     for parameter in inspect.signature(member).parameters:
-        assert re.search(rf"^ *{parameter}: ", described, re.MULTILINE), parameter
+        assert re.search(rf"^ *(\*\*)?{parameter}: ", described, re.MULTILINE), parameter
 
 
 # -------------------------------------------------------------------------- who may know whom

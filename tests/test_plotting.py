@@ -104,7 +104,39 @@ DEEP = fm.sharpness(
     NET, nn.MSELoss(), DATA, measures=["trace", "density", "gauss_newton"], trace_products=4
 )
 
+SMALL = {
+    "critical_sharpness": None,
+    "local_energy": {"on": "loss", "samples": 3, "sigmas": [0.1, 0.2, 0.4]},
+    "pac_bayes_sharpness": {"on": "loss", "samples": 3},
+    "relative_flatness": None,
+}
+FAMILY = {
+    n: r[0] for n, r in fm.sharpness(MODEL, nn.MSELoss(), DATA, measures=SMALL).results.items()
+}
+INVARIANCE = fm.InvarianceTable(
+    measures=("loss L(θ)", "a measure", "a negative one", "zero", "infinite"),
+    values=(1.0, 2.0, -1.0, 0.0, 0.0),
+    rescaled={"layer": (1.0, 2e3, 2.0, 0.0, 1.0), "neuron": (1.0, 0.5, -3.0, 0.0, 0.0)},
+    ratios={"layer": (1.0, 1e3, -2.0, NAN, INF), "neuron": (1.0, 0.25, 3.0, NAN, NAN)},
+    factor=10.0,
+    loss_change=0.0,
+    tolerance=0.01,
+)
+BOUND = dataclasses.replace(
+    FAMILY["pac_bayes_sharpness"], upper=INF, sigma_error=NAN, outcome=fm.Outcome.NOT_REACHED
+)
+
 RESULTS = {
+    "gradient norm": fm.gradient_norm(OBJECTIVE),
+    "relative flatness": FAMILY["relative_flatness"],
+    "local energy": FAMILY["local_energy"],
+    "PAC-Bayes": FAMILY["pac_bayes_sharpness"],
+    "PAC-Bayes, a bound": BOUND,
+    "critical sharpness": FAMILY["critical_sharpness"],
+    "critical sharpness without descent": fm.critical_sharpness(
+        OBJECTIVE, update=OBJECTIVE.gradient()
+    ),
+    "invariance": INVARIANCE,
     "interpolation": interpolation(),
     "the paper's figure": PAPER,
     "eigenpairs": EIGEN,
@@ -187,7 +219,9 @@ def test_picture_of_a_result_read_back_from_json(name):
     "thing", [None, 3, [1.0, 2.0], EIGEN.eigenvalues, fm.diagonal(MATRIX, products=2), "report"]
 )
 def test_something_without_a_picture_is_refused_by_name(thing):
-    with pytest.raises(fm.ArgumentTypeError, match=f"plot draws .*got {type(thing).__name__}"):
+    with pytest.raises(
+        fm.ArgumentTypeError, match=f"no picture of a {type(thing).__name__}; it draws Comparison, "
+    ):
         fm.plot(thing)
     assert plt.get_fignums() == []
 
@@ -736,3 +770,36 @@ def test_positive_spectrum_leaves_the_negative_half_of_the_axis_out():
     low, high = axis.get_xlim()
     assert -0.01 < low < 0
     assert high > 10
+
+
+# ------------------------------------------------------------------- noise, steps and rescaling
+
+
+def test_local_energy_begins_at_the_origin_and_has_its_errors():
+    axis = drawn(FAMILY["local_energy"])
+    (line,) = [line for line in axis.get_lines() if len(line.get_xdata()) > 2]
+    np.testing.assert_allclose(line.get_xdata(), [0, 0.1, 0.2, 0.4])
+    assert line.get_ydata()[0] == 0
+    np.testing.assert_allclose(line.get_ydata()[1:], FAMILY["local_energy"].rises)
+    assert len(axis.collections) == 1
+    assert axis.get_ylabel() == "rise of the loss"
+
+
+def test_searches_mark_what_they_found():
+    for name, found in (
+        ("pac_bayes_sharpness", FAMILY["pac_bayes_sharpness"].sigma),
+        ("critical_sharpness", FAMILY["critical_sharpness"].step),
+    ):
+        axis = drawn(FAMILY[name])
+        (mark,) = [line for line in axis.get_lines() if "=" in str(line.get_label())]
+        assert mark.get_xdata()[0] == found
+        assert axis.get_xscale() == "log"
+    assert not [line for line in drawn(BOUND).get_lines() if "=" in str(line.get_label())]
+
+
+def test_ratios_after_rescaling_grow_from_one():
+    axis = drawn(INVARIANCE)
+    points = {line.get_label(): line.get_xdata() for line in axis.get_lines()}
+    np.testing.assert_allclose(points["per layer"], [1, 1e3, 2, 1, NAN])
+    np.testing.assert_allclose(points["per neuron"], [1, 0.25, 3, 1, 1])
+    assert axis.get_xscale() == "log"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.report.sharpness import MEASURES
+from flatminima.report.sharpness import DEFAULT
 from integrity import untouched
 from zoo import build
 
@@ -149,8 +149,9 @@ FIELDS = {
 
 
 def test_every_measure_but_the_density_is_taken_unless_told(report):
-    assert set(FIELDS) == set(MEASURES) - {"density"}
+    assert set(FIELDS) == set(DEFAULT)
     assert report.density is None
+    assert report.results == {}
 
 
 @pytest.mark.parametrize("measure", FIELDS)
@@ -192,7 +193,7 @@ def test_counts_are_passed_on(case):
 def test_tiny_models_have_as_many_eigenvalues_as_parameters():
     model = nn.Linear(1, 1)
     data = torch.ones(3, 1), torch.zeros(3, 1)
-    report = fm.sharpness(model, nn.MSELoss(), data, measures=MEASURES)
+    report = fm.sharpness(model, nn.MSELoss(), data, measures=[*DEFAULT, "density"])
     assert len(report.largest.eigenvalues) == 2
     # Nothing but these is left of the density.
     assert (report.density.steps, len(report.density.eigenvalues)) == (0, 2)

@@ -7,6 +7,8 @@ import dataclasses
 import json
 import math
 import operator
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -105,8 +107,109 @@ REPORT = fm.SharpnessReport(
     trace=TRACE,
     notes=("a note",),
 )
+GRADIENT = fm.GradientNormResult(
+    value=0.5,
+    largest=0.25,
+    tensors={"0.weight": 0.375, "0.bias": 0.0},
+    loss=0.1,
+    outcome=fm.Outcome.COMPLETED,
+)
+SAM = fm.SamSharpnessResult(
+    value=0.5,
+    loss=0.1,
+    first_order=0.25,
+    rho=0.05,
+    norm=INF,
+    steps=20,
+    restarts=1,
+    adaptive=True,
+    m=16,
+    groups=4,
+    normalize_logits=True,
+    gradients=9,
+    losses=5,
+    outcome=fm.Outcome.ITERATION_LIMIT,
+    displacement=torch.tensor([0.1, -0.1]),
+)
+AVERAGE = fm.AverageSharpnessResult(
+    value=0.5,
+    standard_error=0.125,
+    loss=0.1,
+    sigma=0.01,
+    adaptive=False,
+    samples=50,
+    normalize_logits=False,
+    evaluations=101,
+    outcome=fm.Outcome.ABOVE_RTOL,
+    readings=2,
+)
+PAC_BAYES = fm.PacBayesResult(
+    value=100.0,
+    standard_error=NAN,
+    sigma=0.1,
+    sigma_error=NAN,
+    upper=INF,
+    rise=0.05,
+    target=0.1,
+    on="error",
+    base=0.01,
+    adaptive=True,
+    samples=20,
+    sigmas=(0.05, 0.1),
+    rises=(0.01, 0.05),
+    evaluations=42,
+    outcome=fm.Outcome.NOT_REACHED,
+)
+ENERGY = fm.LocalEnergyResult(
+    value=0.125,
+    standard_error=0.01,
+    sigmas=(0.1, 0.5),
+    rises=(0.0, 0.5),
+    standard_errors=(0.0, NAN),
+    on="loss",
+    base=0.1,
+    samples=20,
+    evaluations=41,
+    outcome=fm.Outcome.NON_FINITE_POINTS,
+)
+FISHER_RAO = fm.FisherRaoResult(
+    value=2.25,
+    error=0.0,
+    kind="empirical",
+    parameter_norm=4.0,
+    products=1,
+    outcome=fm.Outcome.COMPLETED,
+)
+WEIGHTS = fm.LayerFlatness("0.weight", 3, 2, 1.5, 0.25, 6, fm.Outcome.EXACT)
+FLATNESS = fm.RelativeFlatnessResult(
+    value=1.5, standard_error=0.25, layers=(WEIGHTS,), products=6, outcome=fm.Outcome.COMPLETED
+)
+CRITICAL = fm.CriticalSharpnessResult(
+    value=INF,
+    error=NAN,
+    step=0.0,
+    bracket=(0.0, INF),
+    update_norm=2.0,
+    loss=0.1,
+    steps=(0.5, 1.0),
+    losses=(0.2, INF),
+    gradients=1,
+    evaluations=2,
+    outcome=fm.Outcome.NO_DESCENT,
+)
+INVARIANCE = fm.InvarianceTable(
+    measures=("loss L(θ)", "gradient norm ‖∇L‖"),
+    values=(0.1, 0.0),
+    rescaled={"layer": (0.1, 2.0), "neuron": (0.1, 0.0)},
+    ratios={"layer": (1.0, INF), "neuron": (1.0, NAN)},
+    factor=10.0,
+    loss_change=1e-12,
+    tolerance=0.01,
+    notes=("a note",),
+)
 WHOLE_REPORT = dataclasses.replace(
     REPORT,
+    results={"sam_sharpness": (SAM, SAM), "critical_sharpness": (CRITICAL,)},
     gauss_newton_largest=eigen(),
     gauss_newton_trace=dataclasses.replace(TRACE, value=21.25),
     density=fm.SpectralDensity(
@@ -229,6 +332,16 @@ RESULTS = {
         outcome=fm.Outcome.COMPLETED,
         notes=("a note",),
     ),
+    "gradient norm": GRADIENT,
+    "SAM sharpness": SAM,
+    "average sharpness": AVERAGE,
+    "PAC-Bayes sharpness": PAC_BAYES,
+    "local energy": ENERGY,
+    "Fisher–Rao norm": FISHER_RAO,
+    "flatness of a layer": WEIGHTS,
+    "relative flatness": FLATNESS,
+    "critical sharpness": CRITICAL,
+    "invariance": INVARIANCE,
     "curve": CURVE,
     "interpolation": INTERPOLATION,
     "measurement": fm.Measurement("name", 1.5, None, "", None, "1 loss"),
@@ -264,10 +377,23 @@ def test_every_result_class_is_here():
             collect(child)
 
     collect(fm.Result)
-    assert kinds == {type(r) for r in RESULTS.values()}
+    # What all measures have in common is no result by itself.
+    assert kinds - {fm.MeasureResult} == {type(r) for r in RESULTS.values()}
 
 
 # -------------------------------------------------------------------------------------- JSON
+
+
+def test_results_of_files_not_loaded_yet_are_read():
+    script = "import sys, flatminima as fm; print(type(fm.Result.from_json(sys.stdin.read())))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=SAM.to_json(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "SamSharpnessResult" in done.stdout
 
 
 @every
@@ -606,6 +732,8 @@ def test_outcomes_to_distrust_stand_out_in_a_table():
         fm.Outcome.NON_FINITE_POINTS,
         fm.Outcome.UNBOUNDED,
         fm.Outcome.ABOVE_RTOL,
+        fm.Outcome.NO_DESCENT,
+        fm.Outcome.NOT_REACHED,
     }
     assert {o for o in fm.Outcome if o.brief.isupper()} == doubtful
     assert {o for o in fm.Outcome if o.doubtful} == doubtful

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
+from flatminima.report.family import FAMILY
 from integrity import Snapshot, bits
 from zoo import NAMES, build
 
@@ -20,7 +21,8 @@ EVERY_CASE = pytest.mark.parametrize("name", NAMES)
 def _small_budgets(monkeypatch):
     # Flipping single coordinates takes thousands of evaluations and no new kind of call.
     monkeypatch.setattr("flatminima.measures.epsilon_sharpness.CLIMBS", 0)
-    monkeypatch.setattr("flatminima.report.sharpness.EPSILONS", (1e-3,))
+    boxes = {"epsilon": 1e-3}, {"epsilon": 1e-3, "subspace": 100}
+    monkeypatch.setitem(FAMILY, "epsilon_sharpness", (fm.epsilon_sharpness, boxes))
 
 
 @contextlib.contextmanager
@@ -104,6 +106,22 @@ def by_outputs(matrix, **options):
     return call
 
 
+def allowed(measure, **options):
+    """A measure of models that allow it: some have no matrices, tensors of zeros, no outputs."""
+
+    def call(bench):
+        with contextlib.suppress(fm.InvalidArgumentError):
+            measure(bench.objective, **options)
+
+    return call
+
+
+def in_groups(bench):
+    """SAM sharpness of halves of the data, where these can be cut."""
+    with contextlib.suppress(fm.InvalidArgumentError):
+        fm.sam_sharpness(bench.objective, m=max(1, bench.objective.examples // 2))
+
+
 CALLS = {
     "Objective": lambda b: b.make(),
     "Objective read anew": lambda b: b.make(cache=False).loss(),
@@ -146,6 +164,18 @@ CALLS = {
         b.objective, iterations=1, subspace=2
     ),
     "random_sharpness": lambda b: fm.random_sharpness(b.objective, samples=2, scope="all"),
+    "gradient_norm": lambda b: fm.gradient_norm(b.objective),
+    "sam_sharpness": lambda b: fm.sam_sharpness(b.objective, steps=2),
+    "sam_sharpness, adaptive": allowed(fm.sam_sharpness, adaptive=True),
+    "sam_sharpness in groups": in_groups,
+    "average_sharpness": lambda b: fm.average_sharpness(b.objective, samples=2),
+    "pac_bayes_sharpness": lambda b: fm.pac_bayes_sharpness(
+        b.objective, on="loss", samples=2, tol=0.9
+    ),
+    "local_energy": allowed(fm.local_energy, samples=2, sigmas=[0.1]),
+    "fisher_rao_norm": allowed(fm.fisher_rao_norm),
+    "relative_flatness": allowed(fm.relative_flatness, products=4),
+    "critical_sharpness": lambda b: fm.critical_sharpness(b.objective, tol=0.9),
     "interpolate": lambda b: fm.interpolate(
         b.objective, b.case.unwrapped, b.state, alphas=[0.5], also={"test": b.objective}
     ),

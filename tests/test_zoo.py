@@ -392,6 +392,30 @@ def test_epsilon_sharpness_is_a_rise_of_the_loss_by_hand(name, dtype):
     assert first.value == pytest.approx(expected, rel=1e-3, abs=slack)
 
 
+@widest_entry
+def test_balls_and_noise_are_rises_of_the_loss_by_hand(name, dtype):
+    case = build(name, dtype)
+    objective = case.objective()
+    exact, theta = case.exact()
+    before = exact_loss(case)
+    gradient = exact_gradient(case)
+    rel = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.2}[dtype]
+    slack = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    assert fm.gradient_norm(objective).value == pytest.approx(float(gradient.norm()), rel=rel)
+    sam = fm.sam_sharpness(objective, rho=0.1, return_displacement=True)
+    expected = exact(theta + 0.1 * gradient / gradient.norm()).item() - before
+    assert sam.value == pytest.approx(max(expected, 0.0), rel=rel, abs=slack)
+    assert sam.first_order == pytest.approx(0.1 * float(gradient.norm()), rel=rel)
+    average = fm.average_sharpness(objective, sigma=0.1, samples=2, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    rises = []
+    for _ in range(2):
+        z = torch.randn(objective.size, generator=generator, dtype=objective.dtype).double()
+        sides = [exact(theta + sign * 0.1 * z).item() for sign in (1, -1)]
+        rises.append(sum(sides) / 2 - before)
+    assert average.value == pytest.approx(sum(rises) / 2, rel=rel, abs=slack)
+
+
 def perturbed(model, scale, seed=0):
     """A copy with noise on its parameters; buffers stay."""
     twin = copied(model)

@@ -52,23 +52,36 @@ if TYPE_CHECKING:
     from .estimators.spectral_density import spectral_density
     from .estimators.trace import trace
     from .landscape.interpolation import Curve, Interpolation, interpolate
+    from .measures.average_sharpness import AverageSharpnessResult, average_sharpness
+    from .measures.critical_sharpness import CriticalSharpnessResult, critical_sharpness
     from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
+    from .measures.fisher_rao_norm import FisherRaoResult, fisher_rao_norm
+    from .measures.gradient_norm import GradientNormResult, gradient_norm
     from .measures.laplace import LaplaceResult, laplace_log_evidence
     from .measures.layerwise import LayerCurvature, LayerwiseResult, layerwise
+    from .measures.local_energy import LocalEnergyResult, local_energy
+    from .measures.pac_bayes_sharpness import PacBayesResult, pac_bayes_sharpness
     from .measures.random_sharpness import RandomSharpnessResult, TensorSharpness, random_sharpness
+    from .measures.relative_flatness import LayerFlatness, RelativeFlatnessResult, relative_flatness
+    from .measures.result import Measurement, MeasureResult
+    from .measures.sam_sharpness import SamSharpnessResult, sam_sharpness
     from .plotting.plot import plot
-    from .report.result import Measurement, SharpnessReport
+    from .report.invariance import InvarianceTable, invariance_table
+    from .report.result import SharpnessReport
     from .report.sharpness import sharpness
+    from .rescaling import rescale
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentTypeError",
+    "AverageSharpnessResult",
     "BlockOperator",
     "BlockTrace",
     "Comparison",
     "ConvergenceError",
     "ConvergenceWarning",
+    "CriticalSharpnessResult",
     "Curve",
     "DataChangedError",
     "DeviceError",
@@ -79,21 +92,27 @@ __all__ = [
     "Estimate",
     "FiniteDifferenceWarning",
     "FisherOperator",
+    "FisherRaoResult",
     "FlatMinimaError",
     "FlatMinimaWarning",
     "FunctionOperator",
     "GaussNewtonOperator",
+    "GradientNormResult",
     "GraphError",
     "HessianOperator",
     "Interpolation",
     "InvalidArgumentError",
+    "InvarianceTable",
     "LaplaceResult",
     "LayerCurvature",
+    "LayerFlatness",
     "LayerwiseResult",
     "LinearOperator",
+    "LocalEnergyResult",
     "LogDeterminantResult",
     "LossNotScalarError",
     "MatrixOperator",
+    "MeasureResult",
     "Measurement",
     "NonFiniteError",
     "NotCompiledError",
@@ -103,11 +122,14 @@ __all__ = [
     "Objective",
     "OneShotDataError",
     "Outcome",
+    "PacBayesResult",
     "ParameterSelectionError",
     "PreconditionedOperator",
     "ProjectedOperator",
     "RandomSharpnessResult",
+    "RelativeFlatnessResult",
     "Result",
+    "SamSharpnessResult",
     "ShapeError",
     "SharpnessReport",
     "SharpnessResult",
@@ -118,17 +140,27 @@ __all__ = [
     "TensorSharpness",
     "TraceResult",
     "accuracy",
+    "average_sharpness",
     "compare",
+    "critical_sharpness",
     "diagonal",
     "epsilon_sharpness",
+    "fisher_rao_norm",
+    "gradient_norm",
     "interpolate",
+    "invariance_table",
     "lanczos",
     "laplace_log_evidence",
     "layerwise",
+    "local_energy",
     "log_determinant",
+    "pac_bayes_sharpness",
     "plot",
     "power_iteration",
     "random_sharpness",
+    "relative_flatness",
+    "rescale",
+    "sam_sharpness",
     "sharpness",
     "spectral_density",
     "token_weight",
@@ -138,34 +170,55 @@ __all__ = [
 
 # Loaded when they are first asked for, for a quick start; matplotlib only by whoever draws.
 _LATER = {
+    "AverageSharpnessResult": ".measures.average_sharpness",
     "BlockTrace": ".estimators.result",
     "Comparison": ".comparison",
+    "CriticalSharpnessResult": ".measures.critical_sharpness",
     "Curve": ".landscape.interpolation",
     "DiagonalResult": ".estimators.diagonal",
     "EigenResult": ".eigen.result",
+    "FisherRaoResult": ".measures.fisher_rao_norm",
+    "GradientNormResult": ".measures.gradient_norm",
     "Interpolation": ".landscape.interpolation",
+    "InvarianceTable": ".report.invariance",
     "LaplaceResult": ".measures.laplace",
     "LayerCurvature": ".measures.layerwise",
+    "LayerFlatness": ".measures.relative_flatness",
     "LayerwiseResult": ".measures.layerwise",
+    "LocalEnergyResult": ".measures.local_energy",
     "LogDeterminantResult": ".estimators.log_determinant",
-    "Measurement": ".report.result",
+    "MeasureResult": ".measures.result",
+    "Measurement": ".measures.result",
+    "PacBayesResult": ".measures.pac_bayes_sharpness",
     "RandomSharpnessResult": ".measures.random_sharpness",
+    "RelativeFlatnessResult": ".measures.relative_flatness",
+    "SamSharpnessResult": ".measures.sam_sharpness",
     "SharpnessReport": ".report.result",
     "SharpnessResult": ".measures.epsilon_sharpness",
     "SpectralDensity": ".estimators.density",
     "TensorSharpness": ".measures.random_sharpness",
     "TraceResult": ".estimators.result",
+    "average_sharpness": ".measures.average_sharpness",
     "compare": ".comparison",
+    "critical_sharpness": ".measures.critical_sharpness",
     "diagonal": ".estimators.diagonal",
     "epsilon_sharpness": ".measures.epsilon_sharpness",
+    "fisher_rao_norm": ".measures.fisher_rao_norm",
+    "gradient_norm": ".measures.gradient_norm",
     "interpolate": ".landscape.interpolation",
+    "invariance_table": ".report.invariance",
     "lanczos": ".eigen.lanczos",
     "laplace_log_evidence": ".measures.laplace",
     "layerwise": ".measures.layerwise",
+    "local_energy": ".measures.local_energy",
     "log_determinant": ".estimators.log_determinant",
+    "pac_bayes_sharpness": ".measures.pac_bayes_sharpness",
     "plot": ".plotting.plot",
     "power_iteration": ".eigen.power_iteration",
     "random_sharpness": ".measures.random_sharpness",
+    "relative_flatness": ".measures.relative_flatness",
+    "rescale": ".rescaling",
+    "sam_sharpness": ".measures.sam_sharpness",
     "sharpness": ".report.sharpness",
     "spectral_density": ".estimators.spectral_density",
     "trace": ".estimators.trace",

@@ -178,6 +178,15 @@ class Batches:
         """How often the user's data have been read."""
         self._first_reading(weight, cache, progress)
 
+    @classmethod
+    def holding(cls, batches: Sequence[Batch], device: torch.device) -> Batches:
+        """Batches that lie on the device already, with their weights."""
+        own = cls.__new__(cls)
+        own.device, own.readings = device, 0
+        own._generators, own._generator_states = [], []
+        own._cached, own._weights = list(batches), [batch.weight for batch in batches]
+        return own
+
     def __len__(self) -> int:
         return len(self._weights)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -78,6 +79,16 @@ class Evaluator:
         self._writes: bool | None = None
         # Buffers have copies always; these are made anew for each batch where need be.
         self._moving_buffers = True
+
+    def replaced(self, loss_fn: Callable[[Any, Any], Any] | None, batches: Batches) -> Evaluator:
+        """The same with another criterion, on other batches."""
+        twin = copy.copy(self)
+        twin.batches = batches
+        known, batch_loss = self._forward.functions
+        if loss_fn is not known:
+            twin._forward = Forward(self.model, loss_fn, batch_loss)
+            twin.differentiation = Differentiation(self.model, twin._forward.criterion)
+        return twin
 
     @property
     def settled(self) -> bool:

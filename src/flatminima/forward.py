@@ -63,12 +63,12 @@ class Forward(nn.Module):
         super().__init__()
         self.model = model
         # Wrapped, so that a criterion that is a module is not taken for a part of the model.
-        self._functions = (loss_fn, batch_loss)
+        self.functions = (loss_fn, batch_loss)
 
     @property
     def criterion(self) -> object:
         """The loss function, of whichever kind it is."""
-        return self._functions[1] if self._functions[0] is None else self._functions[0]
+        return self.functions[1] if self.functions[0] is None else self.functions[0]
 
     def evaluate(
         self,
@@ -115,7 +115,7 @@ class Forward(nn.Module):
     def _run(
         self, batch: Batch, parameters: dict[str, Tensor], *, outputs_only: bool = False
     ) -> Evaluated:
-        loss_fn, batch_loss = self._functions
+        loss_fn, batch_loss = self.functions
         output: Any = None
         target: Any = None
         if batch_loss is not None:

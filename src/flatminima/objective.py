@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -9,22 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .batches import Batches
+from .batches import Batch, Batches
 from .checks import check_callables, check_choice, check_device, check_instance
-from .errors import (
-    DeviceError,
-    InvalidArgumentError,
-    LossNotScalarError,
-    NonFiniteError,
-    StateMismatchError,
-)
+from .errors import DeviceError, InvalidArgumentError, LossNotScalarError, NonFiniteError
 from .evaluation import Evaluator, Prepare
 from .forward import Evaluated
 from .gradients import accumulated, checkpoints_reentrantly
 from .guards import Derivatives
 from .metrics import Metric
 from .modules import check_devices, check_model, unwrapped
-from .nested import tensors_in
+from .nested import length_of, tensors_in
 from .pieces import Microbatch, Pieces
 from .states import State, evaluated
 from .vectors import Layout, Selection, all_finite, check_vector, select_parameters
@@ -85,6 +80,7 @@ class Objective:
         mode: as given.
         examples: number of examples in the data.
         batches, loss_fn, criterion: the data; as given; whichever of `loss_fn` and `batch_loss`.
+        weigh: `weigh(data, index)` → w_b of a batch, or of a piece of one.
 
     Raises:
         ParameterSelectionError: `params` selects nothing, or integers; or the model is not
@@ -144,7 +140,7 @@ class Objective:
         selected = select_parameters(model, params)
         self.layout = Layout.of(selected)
         self.criterion = batch_loss if loss_fn is None else loss_fn
-        self.loss_fn, self._weigh = loss_fn, BatchWeight(loss_fn, weight)
+        self.loss_fn, self.weigh = loss_fn, BatchWeight(loss_fn, weight)
         self._is_sum = loss_fn is not None and is_sum(loss_fn)
         check_devices(model, self.device)
         if device is not None and check_device("Objective", device) != self.device:
@@ -152,7 +148,7 @@ class Objective:
             raise DeviceError(f"{said}; move it first with model.to({str(device)!r}).")
         # Whether gradients need .backward(); None until a pass has shown it.
         self._accumulates: bool | None = None
-        pieces = Pieces(microbatch, self._weigh, is_sum=self._is_sum, model=model, mode=mode)
+        pieces = Pieces(microbatch, self.weigh, is_sum=self._is_sum, model=model, mode=mode)
         self.examples = 0
         self.batches = Batches(
             data,
@@ -196,17 +192,7 @@ class Objective:
         Raises:
             StateMismatchError: they are no longer of the shape, type or device that they had.
         """
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        layout = self.layout
-        for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True):
-            now = own.get(name)
-            if now is None or (now.shape, now.dtype, now.device) != (shape, dtype, layout.device):
-                found = "gone" if now is None else f"{tuple(now.shape)}, {now.dtype}, {now.device}"
-                raise StateMismatchError(
-                    f"The parameter {name!r} was {tuple(shape)}, {dtype}, {layout.device} when the "
-                    f"Objective was made and is now {found}; make a new Objective."
-                )
-        return {name: own[name] for name in layout.names}
+        return self.layout.present(dict(self.model.named_parameters(remove_duplicate=False)))
 
     @property
     def keeps_graphs(self) -> bool:
@@ -377,6 +363,18 @@ class Objective:
             )
         return value, total.div_(self.batches.total_weight)
 
+    def replaced(self, *, loss_fn: Any = None, batches: Sequence[Batch] | None = None) -> Objective:
+        """The same with another criterion, or on batches that lie on the device, as weighed."""
+        twin = copy.copy(self)
+        if loss_fn is not None:
+            twin.loss_fn = twin.criterion = loss_fn
+        if batches is not None:
+            twin.batches = Batches.holding(batches, self.device)
+            twin.examples = sum(length_of(batch.data) or 0 for batch in batches)
+        twin._evaluator = self._evaluator.replaced(twin.loss_fn, twin.batches)
+        twin.differentiation = twin._evaluator.differentiation
+        return twin
+
     def _checked(self, displacement: object, call: str) -> Tensor:
         return check_vector(
             f"Objective.{call}", displacement, size=self.size, dtype=self.dtype, device=self.device
@@ -397,4 +395,4 @@ class Objective:
         """The weight of one of the user's batches, whose examples are counted."""
         target = None if self.loss_fn is None else split_pair(data, index)[1]
         self.examples += example_count(data) or example_count(target) or 0
-        return self._weigh(data, index)
+        return self.weigh(data, index)

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -49,9 +50,14 @@ class Outcome(enum.Enum):
     )
     STATIONARY = "The maximiser stopped by itself at a point from which it found no ascent."
     NO_ASCENT = "No evaluated point has a larger loss than the model itself."
+    NO_DESCENT = "The loss does not fall along the update, however short the step."
     UNBOUNDED = "The loss is infinite or NaN at a point of the region; the best finite one is kept."
     BELOW_ROUNDING = (
         "The differences are within the rounding error of the loss; use float64 or a larger step."
+    )
+    NOT_REACHED = (
+        "The level that was asked for was not met within the range that was searched; the value "
+        "is a bound."
     )
     NON_FINITE_POINTS = "Completed; the loss is infinite or NaN at some points."
     EXACT = "Exact up to rounding: the whole diagonal was computed."
@@ -66,9 +72,11 @@ class Outcome(enum.Enum):
         """Whether the number should not be used as it is."""
         return self in (
             Outcome.PRODUCT_LIMIT,
+            Outcome.NO_DESCENT,
             Outcome.UNBOUNDED,
             Outcome.BELOW_ROUNDING,
             Outcome.NON_FINITE_POINTS,
+            Outcome.NOT_REACHED,
             Outcome.ABOVE_RTOL,
         )
 
@@ -80,7 +88,9 @@ class Outcome(enum.Enum):
             Outcome.PRODUCT_LIMIT: "NOT CONVERGED",
             Outcome.BELOW_ROUNDING: "BELOW ROUNDING",
             Outcome.NON_FINITE_POINTS: "NOT FINITE EVERYWHERE",
+            Outcome.NO_DESCENT: "NO DESCENT",
             Outcome.UNBOUNDED: "UNBOUNDED",
+            Outcome.NOT_REACHED: "NOT REACHED",
             Outcome.ABOVE_RTOL: "ABOVE RTOL",
         }.get(self, self.name.replace("_", " ").lower())
 
@@ -258,6 +268,9 @@ class Result:
                 f"got {str(data)[:80]!r}."
             )
         name = str(data["type"])
+        if name not in _REGISTRY:
+            # Files are loaded when a name of theirs is first asked of the package.
+            getattr(sys.modules[__package__], name, None)
         kind = _REGISTRY.get(name)
         if kind is None or not issubclass(kind, cls):
             known = [n for n, c in _REGISTRY.items() if issubclass(c, cls)]

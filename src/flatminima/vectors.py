@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .errors import (
     NonFiniteError,
     ParameterSelectionError,
     ShapeError,
+    StateMismatchError,
     closest,
 )
 from .randomness import Seed, as_generator
@@ -168,6 +169,22 @@ class Layout:
         for name, size in zip(self.names, self.sizes, strict=True):
             yield name, slice(start, start + size)
             start += size
+
+    def present(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of the tensors that are laid out here, in order.
+
+        Raises:
+            StateMismatchError: they are no longer of the shape, type or device that they had.
+        """
+        for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
+            now = named.get(name)
+            if now is None or (now.shape, now.dtype, now.device) != (shape, dtype, self.device):
+                found = "gone" if now is None else f"{tuple(now.shape)}, {now.dtype}, {now.device}"
+                raise StateMismatchError(
+                    f"The parameter {name!r} was {tuple(shape)}, {dtype}, {self.device} when the "
+                    f"Objective was made and is now {found}; make a new Objective."
+                )
+        return {name: named[name] for name in self.names}
 
     def mask(self, positions: Iterable[int]) -> Tensor:
         """A vector (size,) of ones at the tensors in these positions, zeros elsewhere."""

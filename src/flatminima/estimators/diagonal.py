@@ -241,7 +241,7 @@ def diagonal(
         notes=operator.notes,
     )
     told = f"the diagonal has the norm {size:.4g}, and its error is estimated at {error:.2g}"
-    return conclude(call, result, told, rtol, strict=strict)
+    return conclude(call, result, told, rtol, spent=result.products, strict=strict)
 
 
 def _estimates(

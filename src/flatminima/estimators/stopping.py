@@ -99,20 +99,26 @@ class _Ended(Protocol):
     @property
     def outcome(self) -> Outcome: ...
 
-    @property
-    def products(self) -> int: ...
-
 
 R = TypeVar("R", bound=_Ended)
 
 
-def conclude(call: str, result: R, found: str, rtol: float | None, *, strict: bool) -> R:
+def conclude(
+    call: str,
+    result: R,
+    found: str,
+    rtol: float | None,
+    *,
+    spent: int,
+    unit: str = "products",
+    strict: bool,
+) -> R:
     """`result`, after warning (or raising, when `strict`) if it stayed above `rtol`."""
     if result.outcome is not Outcome.ABOVE_RTOL:
         return result
     message = (
-        f"{call}: the limit of {result.products} products came before the error was known to be "
-        f"within rtol={rtol:g}: {found}. Raise products= or rtol=."
+        f"{call}: the limit of {spent} {unit} came before the error was known to be "
+        f"within rtol={rtol:g}: {found}. Raise {unit}= or rtol=."
     )
     if strict:
         raise ConvergenceError(message, result)

@@ -228,7 +228,7 @@ def trace(
     found = f"the trace is {value:.4g} with a standard error of {error:.2g}"
     if abs(value) < 5 * error:
         found += ", too close to zero for a relative error"
-    return conclude(call, result, found, rtol, strict=strict)
+    return conclude(call, result, found, rtol, spent=result.products, strict=strict)
 
 
 def _estimates(

@@ -15,8 +15,9 @@ from ..optimize.box import SOLVERS, maximize_over_box
 from ..precision import precision_notes
 from ..progress import progress_bar
 from ..randomness import Seed
-from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..results import Outcome, Table, format_number
 from ..vectors import GaussianSubspace
+from .result import Measurement, MeasureResult
 
 __all__ = ["SharpnessResult", "epsilon_sharpness"]
 
@@ -27,7 +28,7 @@ searched coordinate by coordinate too, from so many of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class SharpnessResult(Result):
+class SharpnessResult(MeasureResult):
     """Keskar's φ with what it was made from.
 
     Attributes:
@@ -66,6 +67,12 @@ class SharpnessResult(Result):
     readings: int = 0
     notes: tuple[str, ...] = ()
 
+    def measurements(self) -> tuple[Measurement, ...]:
+        """One line."""
+        where = "full space" if self.subspace is None else f"subspace {self.subspace}"
+        name = f"ε-sharpness φ (%), ε = {self.epsilon:g}, {where}"
+        return self._line(name, f"{self.evaluations} gradients")
+
     def _table(self) -> Table:
         where = "full space" if self.subspace is None else f"random subspace, p = {self.subspace}"
         return Table(
@@ -77,7 +84,7 @@ class SharpnessResult(Result):
                 ("evaluations", str(self.evaluations)),
             ),
             title=f"ε-sharpness, ε = {self.epsilon:g}, {where}",
-            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
+            notes=self._said(),
         )
 
 

@@ -18,13 +18,14 @@ from ..objective import Objective, check_objective
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.linear import LinearOperator, check_operator
 from ..randomness import Seed
-from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..results import Outcome, Table, format_number
+from .result import Measurement, MeasureResult
 
 __all__ = ["LaplaceResult", "laplace_log_evidence"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class LaplaceResult(Result):
+class LaplaceResult(MeasureResult):
     """The logarithm of the evidence, and what it is made of.
 
     Attributes:
@@ -72,6 +73,12 @@ class LaplaceResult(Result):
     readings: int = 0
     notes: tuple[str, ...] = ()
 
+    def measurements(self) -> tuple[Measurement, ...]:
+        """One line."""
+        prior = "τ optimised" if self.optimised else f"τ = {self.prior_precision:g}"
+        name = f"Laplace log evidence, {prior}"
+        return self._line(name, f"{self.products} products", self.standard_error, "standard error")
+
     def _table(self) -> Table:
         error = format_number(self.standard_error, 2)
         how = "optimised" if self.optimised else "given"
@@ -88,7 +95,7 @@ class LaplaceResult(Result):
             ),
             title=f"Laplace log evidence: {self.size} parameters, {self.observations:g} "
             f"observations, {self.products} products",
-            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
+            notes=self._said(),
         )
 
 

@@ -17,6 +17,7 @@ from ..precision import precision_notes
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
 from ..results import Outcome, Result, Table, format_number, reading_notes
+from .result import Measurement, MeasureResult
 
 __all__ = ["RandomSharpnessResult", "TensorSharpness", "random_sharpness"]
 
@@ -51,7 +52,7 @@ class TensorSharpness(Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RandomSharpnessResult(Result):
+class RandomSharpnessResult(MeasureResult):
     """Random-perturbation sharpness, with the breakdown per parameter tensor.
 
     Attributes:
@@ -98,6 +99,12 @@ class RandomSharpnessResult(Result):
     outcome: Outcome
     readings: int = 0
     notes: tuple[str, ...] = ()
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """One line."""
+        name = "relative " * self.relative + f"random-perturbation sharpness, ε = {self.epsilon:g}"
+        name += "" if self.scope == "tensor" else ", all tensors at once"
+        return self._line(name, f"{self.evaluations} losses", self.standard_deviation, "std")
 
     def _table(self) -> Table:
         whole = TensorSharpness("overall", self.value, self.mean, self.standard_deviation)

@@ -12,15 +12,29 @@ from matplotlib.ticker import FixedLocator
 
 from ..comparison import Comparison
 from ..estimators.result import TraceResult
+from ..measures.gradient_norm import GradientNormResult
 from ..measures.layerwise import LayerwiseResult
 from ..measures.random_sharpness import RandomSharpnessResult
+from ..measures.relative_flatness import RelativeFlatnessResult
 from ..report.result import SharpnessReport
-from .axes import BLUE, GREEN, GREY, SERIES, VERMILLION, finite, new_axis, stacked_axes
+from .axes import (
+    BLUE,
+    GREEN,
+    GREY,
+    SERIES,
+    VERMILLION,
+    finite,
+    label_few_decades,
+    new_axis,
+    stacked_axes,
+)
 
 __all__ = [
     "draw_comparison",
+    "draw_gradient_norm",
     "draw_layers",
     "draw_random_sharpness",
+    "draw_relative_flatness",
     "draw_report",
     "draw_trace",
 ]
@@ -69,6 +83,24 @@ def draw_layers(result: LayerwiseResult, ax: Axes | None) -> Axes:
     return axis
 
 
+def draw_gradient_norm(result: GradientNormResult, ax: Axes | None) -> Axes:
+    """The norm of the gradient by each parameter tensor."""
+    axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(result.tensors))
+    norms = Column("", [(norm, 0.0) for norm in result.tensors.values()], BLUE)
+    _module_bars(axis, list(result.tensors), [norms])
+    axis.set_xlabel("gradient norm by the parameter")
+    return axis
+
+
+def draw_relative_flatness(result: RelativeFlatnessResult, ax: Axes | None) -> Axes:
+    """Relative flatness of each weight matrix."""
+    axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(result.layers))
+    values = [(layer.value, layer.standard_error) for layer in result.layers]
+    _module_bars(axis, [layer.name for layer in result.layers], [Column("", values, BLUE)])
+    axis.set_xlabel("relative flatness (larger is sharper)")
+    return axis
+
+
 def draw_trace(result: TraceResult, ax: Axes | None) -> Axes:
     """What each module has of the trace, or the whole where no modules are known."""
     traces = {"": result}
@@ -101,7 +133,7 @@ def _module_bars(axis: Axes, names: Sequence[str], columns: Sequence[Column]) ->
     if sizes and min(numbers) > 0:
         axis.set_xscale("log")
         axis.set_xlim(left=min(sizes) / 3)
-        _label_few_decades(axis)
+        label_few_decades(axis)
     elif sizes:
         least = math.floor(math.log10(max(min(sizes), 1e-3 * max(sizes))))
         axis.set_xscale("symlog", linthresh=10.0**least, linscale=0.5)
@@ -186,26 +218,12 @@ def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
     axis.set_yticks(places, labels, fontsize="small")
     axis.invert_yaxis()
     axis.set_xlabel("value (each measure in its own unit)")
-    _label_few_decades(axis)
+    label_few_decades(axis)
     axis.set_title(
         f"{result.model}: {result.parameters} parameters, {result.examples} examples",
         fontsize="medium",
     )
     return axis
-
-
-def _label_few_decades(axis: Axes) -> None:
-    """Label ticks between powers of ten: some within two decades, within half of one all."""
-    low, high = axis.get_xlim()
-    few, fewest = high < 100 * low, high < 3 * low
-    if few:
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if fewest or (few and _leads(v)) else "")
-
-
-def _leads(value: float) -> bool:
-    """Whether a tick is a 2 or a 5 of its decade."""
-    return f"{value:.0e}"[0] in "25"
 
 
 def draw_comparison(result: Comparison, ax: Axes | None) -> Axes:
@@ -232,6 +250,6 @@ def draw_comparison(result: Comparison, ax: Axes | None) -> Axes:
     axis.invert_yaxis()
     axis.set_xlabel(f"ratio to {result.labels[0]} (logarithmic)")
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    _label_few_decades(axis)
+    label_few_decades(axis)
     axis.legend(frameon=False, fontsize="small")
     return axis

@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from ..eigen.result import EigenResult
 from ..estimators.density import SpectralDensity
 from ..estimators.result import TraceResult
 from ..measures.epsilon_sharpness import SharpnessResult
 from ..measures.random_sharpness import RandomSharpnessResult
-from ..results import Estimate, Outcome, Result, Table, format_number, reading_notes
+from ..measures.result import HEADER, Measurement, MeasureResult
+from ..results import Estimate, Outcome, Result, Table, reading_notes
 
-__all__ = ["Measurement", "SharpnessReport"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Measurement(Result):
-    """One line of a report.
-
-    Attributes:
-        name: of the measure, with its settings.
-        value: the number.
-        error: its uncertainty, where it has one.
-        error_kind: what `error` is: "residual", "standard error", "std" or "".
-        outcome: how the computation ended; None for a plain evaluation.
-        cost: what it took.
-
-    Examples:
-        >>> import torch, flatminima as fm
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> _ = torch.nn.init.ones_(model.weight)
-        >>> data = torch.eye(2), torch.zeros(2, 1)
-        >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["gradient_norm"])
-        >>> [(line.name, line.value) for line in report.measurements()][0]
-        ('loss L(θ)', 1.0)
-    """
-
-    name: str
-    value: float
-    error: float | None
-    error_kind: str
-    outcome: Outcome | None
-    cost: str
-
-    def _table(self) -> Table:
-        return Table(_REPORT_HEADER, (_report_row(self),))
-
-
-_REPORT_HEADER = ("measure", "value", "± error", "diagnosis", "cost")
-
-
-def _report_row(line: Measurement) -> tuple[str, ...]:
-    error = "" if line.error is None else f"{format_number(line.error, 2)} ({line.error_kind})"
-    diagnosis = "" if line.outcome is None else line.outcome.brief
-    return (line.name, format_number(line.value), error, diagnosis, line.cost)
+__all__ = ["SharpnessReport"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +40,7 @@ class SharpnessReport(Result):
         gauss_newton_trace: of the Gauss–Newton matrix.
         density: of the eigenvalues of the Hessian, those of `largest` and `smallest` taken out
             first.
+        results: of the other measures that were asked for, by name, one for each of its settings.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -106,6 +68,7 @@ class SharpnessReport(Result):
     gauss_newton_largest: EigenResult | None = None
     gauss_newton_trace: TraceResult | None = None
     density: SpectralDensity | None = None
+    results: dict[str, tuple[MeasureResult, ...]] = dataclasses.field(default_factory=dict)
 
     def measurements(self) -> tuple[Measurement, ...]:
         """Every number of the report as a line of its own."""
@@ -115,22 +78,9 @@ class SharpnessReport(Result):
                 Measurement("gradient norm ‖∇L‖", self.gradient_norm, None, "", None, "1 gradient")
             )
         for result in self.epsilon_sharpness:
-            where = "full space" if result.subspace is None else f"subspace {result.subspace}"
-            name = f"ε-sharpness φ (%), ε = {result.epsilon:g}, {where}"
-            cost = f"{result.evaluations} gradients"
-            lines.append(Measurement(name, result.value, None, "", result.outcome, cost))
+            lines += result.measurements()
         if self.random_sharpness is not None:
-            shaken = self.random_sharpness
-            lines.append(
-                Measurement(
-                    f"random-perturbation sharpness, ε = {shaken.epsilon:g}",
-                    shaken.value,
-                    shaken.standard_deviation,
-                    "std",
-                    shaken.outcome,
-                    f"{shaken.evaluations} losses",
-                )
-            )
+            lines += self.random_sharpness.measurements()
         if self.largest is not None:
             cost = f"{self.largest.products} products"
             lines += _eigen_lines(self.largest, "λ{} largest eigenvalue", cost)
@@ -157,16 +107,28 @@ class SharpnessReport(Result):
             trace = self.gauss_newton_trace
             name, cost = "trace of the Gauss–Newton matrix", f"{trace.products} products"
             lines.append(_estimate_line(name, trace, trace.outcome, cost))
-        return tuple(lines)
+        for others in self.results.values():
+            for other in others:
+                lines += other.measurements()
+        return tuple(_told_apart(lines))
 
     def _table(self) -> Table:
         return Table(
-            _REPORT_HEADER,
-            tuple(_report_row(line) for line in self.measurements()),
+            HEADER,
+            tuple(line.row for line in self.measurements()),
             title=f"Sharpness of {self.model}: {self.parameters} parameters, "
             f"{self.examples} examples, mode {self.mode!r}",
             notes=reading_notes(self.readings) + self.notes,
         )
+
+
+def _told_apart(lines: Sequence[Measurement]) -> Iterator[Measurement]:
+    """Lines whose settings do not show in their names are numbered."""
+    seen: Counter[str] = Counter()
+    for line in lines:
+        seen[line.name] += 1
+        number = seen[line.name]
+        yield line if number == 1 else dataclasses.replace(line, name=f"{line.name} ({number})")
 
 
 def _eigen_lines(result: EigenResult, name: str, cost: str) -> list[Measurement]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_integer
+from ..checks import check_integer
 from ..eigen.lanczos import lanczos
-from ..errors import ArgumentTypeError, FlatMinimaWarning
+from ..errors import FlatMinimaWarning, InvalidArgumentError
 from ..estimators.spectral_density import spectral_density
 from ..estimators.trace import trace
-from ..measures.epsilon_sharpness import epsilon_sharpness
-from ..measures.random_sharpness import random_sharpness
+from ..measures.gradient_norm import gradient_norm
+from ..measures.noise import one_seed
+from ..measures.result import MeasureResult
 from ..modules import drops
 from ..objective import Objective
 from ..operators.curvature import CurvatureOperator
@@ -25,6 +26,7 @@ from ..pieces import Microbatch
 from ..progress import progress_bar
 from ..randomness import Seed
 from ..vectors import Selection
+from .family import FAMILY, Options, chosen_measures
 from .result import SharpnessReport
 
 __all__ = ["MEASURES", "sharpness"]
@@ -37,10 +39,17 @@ MEASURES = (
     "trace",
     "density",
     "gauss_newton",
+    *(name for name in FAMILY if name not in ("epsilon_sharpness", "random_sharpness")),
 )
-ON_REQUEST = ("density",)
-EPSILONS = (1e-3, 5e-4)
-SUBSPACE = 100
+ON_HESSIAN = ("eigenvalues", "trace")
+DEFAULT = (
+    "gradient_norm",
+    "epsilon_sharpness",
+    "random_sharpness",
+    "eigenvalues",
+    "trace",
+    "gauss_newton",
+)
 TOL = 1e-4
 """Of eigenvalues: the negative end is small beside the largest, and told from zero by this."""
 
@@ -50,7 +59,7 @@ def sharpness(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     data: Any = None,
     *,
-    measures: Sequence[str] | None = None,
+    measures: str | Sequence[str] | Mapping[str, Options | Sequence[Options] | None] | None = None,
     eigenvalues: int = 3,
     trace_products: int = 50,
     samples: int = 10,
@@ -79,11 +88,18 @@ def sharpness(
         loss_fn: `loss_fn(output, target)` → a scalar.
         data: a tuple of tensors `(inputs, targets)`, a list of batches, a DataLoader or a
             Dataset: the data whose loss is studied, as a rule the training data.
-        measures: which to take, of "gradient_norm", "epsilon_sharpness", "random_sharpness",
-            "eigenvalues", "trace", "density" and "gauss_newton". Unless told all but "density",
-            which takes 900 products as a rule, and with `batch_loss` without "gauss_newton", which
-            needs `loss_fn`. "density" brings "eigenvalues" with it, which are taken out of it
-            first. The loss is always there.
+        measures: which to take: names, "all", or a mapping of names to settings. The names are
+            "gradient_norm", "epsilon_sharpness", "random_sharpness", "eigenvalues", "trace",
+            "density", "gauss_newton", and those of the functions "sam_sharpness",
+            "average_sharpness", "pac_bayes_sharpness", "local_energy", "fisher_rao_norm",
+            "relative_flatness", "critical_sharpness" and "laplace_log_evidence". Unless told the
+            first seven without "density", which takes 900 products as a rule, and with
+            `batch_loss` without "gauss_newton", which needs `loss_fn`. "density" brings
+            "eigenvalues" with it, which are taken out of it first. The loss is always there. A
+            mapping gives the options of each function, as in {"sam_sharpness": {"rho": 0.1},
+            "trace": None}, or a list of such for several numbers; None is for those that a report
+            takes unless told. With "all", what a model or loss does not allow is left out with a
+            note.
         eigenvalues: how many of the largest of the Hessian.
         trace_products: products for each trace.
         samples: random perturbations of each parameter tensor.
@@ -103,8 +119,9 @@ def sharpness(
         The report: printed, it is a table; in a notebook, a rendered one.
 
     Raises:
-        InvalidArgumentError: an unknown measure (with the closest name), bad counts, or
-            "gauss_newton" asked for with `batch_loss`.
+        InvalidArgumentError: an unknown measure or option (with the closest name), bad counts, or
+            a measure asked for by name that the model or the loss does not allow, such as
+            "gauss_newton" with `batch_loss`.
         FlatMinimaError: whatever [`Objective`][flatminima.Objective] refuses.
 
     Warns:
@@ -127,19 +144,10 @@ def sharpness(
         gradient norm ‖∇L‖  4.123                      1 gradient
     """
     call = "sharpness"
-    if isinstance(measures, str):
-        measures = [measures]
-    if measures is not None and not isinstance(measures, Iterable):
-        raise ArgumentTypeError(
-            f"The 'measures' argument of sharpness must be a list of names; got {measures!r}."
-        )
-    default = [name for name in MEASURES if name not in ON_REQUEST]
-    named = default if measures is None else list(measures)
-    for name in named:
-        check_choice(call, "measures", name, MEASURES)
-    chosen = set(named)
+    lenient = isinstance(measures, str) and measures == "all"
+    chosen = chosen_measures(call, measures, known=MEASURES, default=DEFAULT)
     if "density" in chosen:
-        chosen.add("eigenvalues")
+        chosen.setdefault("eigenvalues", ())
     check_integer(call, "eigenvalues", eigenvalues, low=1)
     check_integer(call, "trace_products", trace_products, low=2)
     check_integer(call, "samples", samples, low=1)
@@ -157,63 +165,94 @@ def sharpness(
         microbatch=microbatch,
         progress=progress,
     )
-    without_outputs = measures is None and objective.loss_fn is None
+    without_outputs = (measures is None or lenient) and objective.loss_fn is None
     if without_outputs:
-        chosen.remove("gauss_newton")
+        del chosen["gauss_newton"]
     hessian = HessianOperator(objective)
     gauss_newton = GaussNewtonOperator(objective) if "gauss_newton" in chosen else None
-    if isinstance(seed, torch.Generator):
-        # One draw, so that every measure starts from the same seed here too.
-        seed = int(torch.randint(2**62, (1,), generator=seed, device=seed.device).item())
-    shared: dict[str, Any] = {"seed": seed, "progress": progress}
+    # One number, so that every measure starts from the same seed.
+    shared: dict[str, Any] = {"seed": one_seed(seed, objective.device), "progress": progress}
+    left_out: list[str] = []
+
+    def family(name: str) -> tuple[MeasureResult, ...]:
+        """The results of a measure, one for each of its settings."""
+        function, found = FAMILY[name][0], []
+        for options in chosen[name]:
+            options = _fitted(name, options, objective, samples)
+            try:
+                found.append(function(objective, **options, **shared))
+            except InvalidArgumentError as error:
+                if not lenient:
+                    raise
+                settings = ", ".join(f"{key}={value!r}" for key, value in options.items())
+                left_out.append(f"{name}({settings}) is left out: {error}")
+        return tuple(found)
 
     def fields_of(name: str) -> dict[str, Any]:
         """What a measure adds to the report."""
         if name == "gradient_norm":
-            return {name: float(torch.linalg.vector_norm(objective.gradient().double()))}
-        if name == "epsilon_sharpness":
-            boxes = [
-                epsilon_sharpness(objective, epsilon=epsilon, subspace=p, **shared)
-                for p in (None, min(SUBSPACE, objective.size))
-                for epsilon in EPSILONS
-            ]
-            return {name: tuple(boxes)}
-        if name == "random_sharpness":
-            return {name: random_sharpness(objective, samples=samples, **shared)}
+            return {name: gradient_norm(objective).value}
         if name == "eigenvalues":
             count = min(eigenvalues, objective.size)
             return _spectrum(hessian, count, density="density" in chosen, **shared)
-        return {name: trace(hessian, products=trace_products, **shared)}
+        if name == "trace":
+            return {name: trace(hessian, products=trace_products, **shared)}
+        found = family(name)
+        if name == "epsilon_sharpness":
+            return {name: found}
+        if name == "random_sharpness" and len(found) == 1:
+            return {name: found[0]}
+        results[name] = found
+        return {}
 
+    results: dict[str, tuple[MeasureResult, ...]] = {}
     fields: dict[str, Any] = dict.fromkeys(
         ("gradient_norm", "random_sharpness", "largest", "smallest", "trace")
     )
     # The density comes with the eigenvalues.
-    names = [name for name in MEASURES if name in chosen and name != "density"]
+    names = [name for name in chosen if name != "density"]
+    on_hessian = [name for name in names if name in ON_HESSIAN]
     with progress_bar("sharpness", total=len(names), unit="measure", show=progress) as bar:
+
+        def take(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            if gauss_newton is not None and name == "gauss_newton":
+                asked = measures is not None and not lenient
+                fields.update(_gauss_newton(gauss_newton, trace_products, asked=asked, **shared))
+            else:
+                fields.update(fields_of(name))
+            bar.update()
+
         # Only one of the operators keeps its graphs at a time.
         with hessian.session():
             loss = objective.loss()
-            for name in names:
-                if name != "gauss_newton":
-                    bar.set_postfix_str(name, refresh=False)
-                    fields |= fields_of(name)
-                    bar.update()
-        if gauss_newton is not None:
-            bar.set_postfix_str("gauss_newton", refresh=False)
-            asked = measures is not None
-            fields |= _gauss_newton(gauss_newton, trace_products, asked=asked, **shared)
-            bar.update()
+            for name in on_hessian:
+                take(name)
+        for name in names:
+            if name not in on_hessian:
+                take(name)
     return SharpnessReport(
         model=type(objective.model).__name__,
         parameters=objective.size,
         examples=objective.examples,
         mode=mode,
         loss=loss,
-        notes=_notes(objective, hessian, gauss_newton, without_outputs=without_outputs),
+        notes=_notes(objective, hessian, gauss_newton, left_out, without_outputs=without_outputs),
         readings=objective.batches.readings - 1,
+        results={name: found for name, found in results.items() if found},
         **{"epsilon_sharpness": ()} | fields,
     )
+
+
+def _fitted(name: str, options: Options, objective: Objective, samples: int) -> dict[str, Any]:
+    """Options as this objective can have them, where they are the standard ones."""
+    fitted = dict(options)
+    for option in ("subspace", "outliers"):
+        if option in fitted and options in FAMILY[name][1]:
+            fitted[option] = min(fitted[option], objective.size)
+    if name == "random_sharpness":
+        fitted.setdefault("samples", samples)
+    return fitted
 
 
 def _spectrum(
@@ -256,10 +295,11 @@ def _notes(
     objective: Objective,
     hessian: HessianOperator,
     gauss_newton: GaussNewtonOperator | None,
+    left_out: Sequence[str],
     *,
     without_outputs: bool,
 ) -> tuple[str, ...]:
-    notes = []
+    notes = list(left_out)
     modules = list(objective.model.modules())
     found = {
         "dropout off": any(map(drops, modules)),

@@ -1,0 +1,209 @@
+"""How much the loss rises on average under Gaussian noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..checks import check_integer, check_positive
+from ..estimators.probes import spread
+from ..estimators.stopping import check_rtol, conclude, ended, looks, settled
+from ..objective import Objective, check_objective
+from ..precision import precision_notes
+from ..progress import progress_bar
+from ..randomness import Seed
+from ..results import Outcome, Table, format_number
+from ..variants import with_normalized_logits
+from .noise import Noise, magnitudes
+from .result import Measurement, MeasureResult
+
+__all__ = ["AverageSharpnessResult", "average_sharpness"]
+
+SAMPLES = 50
+"""Unless told."""
+LIMIT = 1000
+"""With `rtol`, unless told."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AverageSharpnessResult(MeasureResult):
+    """The mean rise of the loss under noise.
+
+    Attributes:
+        value: E L(θ + σ c ⊙ z) − L(θ).
+        standard_error: of `value`, from the spread of the pairs.
+        loss: L(θ).
+        sigma: σ.
+        adaptive: whether c = |θ|.
+        samples: draws of z, each used with both signs.
+        normalize_logits: whether the loss was that of normalised logits.
+        evaluations: of the loss.
+        outcome: completed, within `rtol` or above it, or why the value should not be trusted.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> result = fm.average_sharpness(objective, sigma=0.1, rtol=0.1)
+        >>> print(result.outcome.brief, abs(result.value - 0.01) < 3 * result.standard_error)
+        within rtol True
+    """
+
+    value: float
+    standard_error: float
+    loss: float
+    sigma: float
+    adaptive: bool
+    samples: int
+    normalize_logits: bool
+    evaluations: int
+    outcome: Outcome
+    readings: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """With its settings."""
+        how = "adaptive average" if self.adaptive else "average"
+        logits = ", normalised logits" if self.normalize_logits else ""
+        return f"{how} sharpness, σ = {self.sigma:g}{logits}"
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """One line."""
+        return self._line(
+            self.name, f"{self.evaluations} losses", self.standard_error, "standard error"
+        )
+
+    def _table(self) -> Table:
+        return Table(
+            header=("quantity", "value", "standard error"),
+            rows=(
+                ("mean rise", format_number(self.value), format_number(self.standard_error, 2)),
+                ("loss L(θ)", format_number(self.loss), ""),
+                ("losses evaluated", str(self.evaluations), ""),
+            ),
+            title=self.name[0].upper() + self.name[1:],
+            notes=self._said(),
+        )
+
+
+def average_sharpness(
+    objective: Objective,
+    *,
+    sigma: float = 0.01,
+    adaptive: bool = False,
+    samples: int | None = None,
+    rtol: float | None = None,
+    normalize_logits: bool = False,
+    strict: bool = False,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> AverageSharpnessResult:
+    """The mean rise of the loss under Gaussian noise: E L(θ + σ c ⊙ z) − L(θ), z ~ N(0, I).
+
+    c is 1, or with `adaptive` |θ| element by element, which makes it unchanged by rescaling
+    (Andriushchenko et al. 2023, arXiv:2302.07011, average-case sharpness). To second order it is
+    ½ σ² Σ c_i² H_ii, which on a quadratic is exact; unlike the trace it needs no derivative.
+
+    Every z is used with both signs and the mean of the two is one sample, so that the gradient,
+    which would be most of the noise, cancels (antithetic variables).
+
+    With `rtol` it goes on until the relative standard error is within it, with looks after 24
+    samples, then 1.5 times as many, and so on, judged as by `trace`: neither a standard error nor a
+    value that is off by chance ends it early.
+
+    Args:
+        objective: what is evaluated.
+        sigma: σ, the standard deviation of the noise; with `adaptive` relative to each parameter.
+        adaptive: noise in proportion to |θ|. Parameters that are zero do not move.
+        samples: number of draws, of two losses each, 50 unless told; with `rtol` the limit, 1000
+            unless told. 2 at least.
+        rtol: the relative standard error that is wanted.
+        normalize_logits: divide the logits of each example by their standard deviation first, for
+            cross-entropy: without it a classifier that is surer of the same labels looks flatter
+            (Andriushchenko et al. 2023, section 3).
+        strict: raise instead of warn when the limit comes before `rtol` is reached.
+        seed: of the draws.
+        progress: show a bar if it takes long.
+
+    Returns:
+        The mean with its standard error.
+
+    Raises:
+        InvalidArgumentError: σ ≤ 0, too few samples, `rtol` outside (0, 1), `adaptive` with a
+            tensor of zeros, or `normalize_logits` with another loss than cross-entropy.
+        NonFiniteError: L(θ) is NaN or infinite.
+        ConvergenceError: with `strict`, when the limit is reached.
+
+    Warns:
+        ConvergenceWarning: the limit came before the error was within `rtol`.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1)))
+        >>> result = fm.average_sharpness(objective, sigma=0.1, samples=1000)
+        >>> abs(result.value - 0.5 * 0.1**2 * (4 + 16)) < 3 * result.standard_error < 0.02
+        True
+    """
+    call = "average_sharpness"
+    check_objective(call, objective)
+    sigma = check_positive(call, "sigma", sigma)
+    if samples is not None:
+        check_integer(call, "samples", samples, low=2)
+    rtol = check_rtol(call, rtol)
+    limit = (SAMPLES if rtol is None else LIMIT) if samples is None else samples
+    scale = magnitudes(call, objective, adaptive=adaptive)
+    before = objective.batches.readings
+    if normalize_logits:
+        objective = with_normalized_logits(call, objective)
+    loss = objective.loss()
+    draws = Noise(objective, scale, seed).draws(limit)
+
+    def pairs(count: int) -> Iterator[Tensor]:
+        for _ in range(count):
+            z = next(draws).mul_(sigma)
+            for displacement in (z, -z):
+                bar.update()
+                yield displacement
+
+    rises = torch.empty(0, dtype=torch.float64)
+    done = rtol is None
+    with progress_bar("average sharpness", total=2 * limit, unit="loss", show=progress) as bar:
+        for count in looks(limit, rtol)[0]:
+            found = objective.losses_at(pairs(count - len(rises)))
+            losses = torch.tensor(found, dtype=torch.float64)
+            rises = torch.cat([rises, losses.view(-1, 2).mean(dim=1) - loss])
+            value, error = map(float, spread(rises))
+            if rtol is not None and settled(value, error, count, rtol):
+                done = True
+                break
+    outcome = ended(exact=False, done=done, rtol=rtol)
+    if not torch.isfinite(rises).all():
+        outcome = Outcome.NON_FINITE_POINTS
+    elif bool((rises.abs() <= 2 * torch.finfo(objective.dtype).eps * abs(loss)).all()):
+        outcome = Outcome.BELOW_ROUNDING
+    result = AverageSharpnessResult(
+        value=value,
+        standard_error=error,
+        loss=loss,
+        sigma=sigma,
+        adaptive=adaptive,
+        samples=len(rises),
+        normalize_logits=normalize_logits,
+        evaluations=2 * len(rises) + 1,
+        outcome=outcome,
+        readings=objective.batches.readings - before,
+        notes=precision_notes(objective.model, objective.device),
+    )
+    told = f"{value:.4g} ± {error:.2g}"
+    return conclude(call, result, told, rtol, spent=len(rises), unit="samples", strict=strict)

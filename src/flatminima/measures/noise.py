@@ -1,0 +1,133 @@
+"""Gaussian noise on the parameters, the same for each of its sizes, and what it is relative to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice
+from ..errors import InvalidArgumentError
+from ..metrics import Metric, classification_error
+from ..objective import Objective
+from ..randomness import Seed, as_generator
+
+__all__ = ["Noise", "NoisyRise", "magnitudes", "one_seed"]
+
+
+def magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | None:
+    """C = |θ|, shape (n,), or None for ones.
+
+    Raises:
+        InvalidArgumentError: a tensor is all zeros, so that none of it would ever move.
+    """
+    if not adaptive:
+        return None
+    sizes = objective.point().abs_()
+    places = {name: place for name, place in objective.layout.slices() if place.stop > place.start}
+    largest = torch.stack([sizes[place].max() for place in places.values()]).tolist()
+    dead = [name for name, size in zip(places, largest, strict=True) if size == 0]
+    if dead:
+        shown = ", ".join(repr(name) for name in dead[:3]) + (", …" if len(dead) > 3 else "")
+        raise InvalidArgumentError(
+            f"{call} with noise or steps in proportion to |θ| would never move {shown}, where all "
+            "parameters are zero: the number would be that of the others alone. Leave "
+            f"{'it' if len(dead) == 1 else 'them'} out with params=, or take an absolute measure."
+        )
+    return sizes
+
+
+def one_seed(seed: Seed, device: torch.device) -> int:
+    """A number from which the same draws can be made again; a generator moves on by one draw."""
+    if not isinstance(seed, torch.Generator):
+        as_generator(seed, device)
+        return int(seed)
+    return int(torch.randint(2**62, (), generator=seed, device=seed.device).item())
+
+
+class Noise:
+    """z ~ N(0, I) in the parameters, scaled by c: draw i is the same whatever its size.
+
+    Args:
+        objective: whose parameters.
+        scale: c, shape (n,), or None for ones.
+        seed: of the draws.
+    """
+
+    def __init__(self, objective: Objective, scale: Tensor | None, seed: Seed) -> None:
+        self._objective, self._scale = objective, scale
+        self._seed = one_seed(seed, objective.device)
+
+    def draws(self, count: int) -> Iterator[Tensor]:
+        """C ⊙ z for the first `count` draws, each a new vector (n,)."""
+        own = self._objective
+        generator = torch.Generator(device=own.device).manual_seed(self._seed)
+        for _ in range(count):
+            z = torch.randn(own.size, generator=generator, device=own.device, dtype=own.dtype)
+            yield z if self._scale is None else z.mul_(self._scale)
+
+    def displacements(self, sigma: float, count: int) -> Iterator[Tensor]:
+        """σ c ⊙ z for the first `count` draws."""
+        return (z.mul_(sigma) for z in self.draws(count))
+
+
+class NoisyRise:
+    """By how much each of some draws of noise raises the loss or the classification error.
+
+    Args:
+        call: for messages.
+        objective: what is evaluated.
+        on: "error" or "loss".
+        adaptive: noise in proportion to |θ|.
+        samples: number of draws, the same for every σ.
+        seed: of the draws.
+
+    Attributes:
+        base: the error, or the loss, at θ.
+        evaluations: passes over the data so far.
+    """
+
+    def __init__(
+        self,
+        call: str,
+        objective: Objective,
+        *,
+        on: str,
+        adaptive: bool,
+        samples: int,
+        seed: Seed,
+    ) -> None:
+        check_choice(call, "on", on, ("error", "loss"))
+        self._objective, self._samples = objective, samples
+        self._noise = Noise(objective, magnitudes(call, objective, adaptive=adaptive), seed)
+        self._metrics: dict[str, Metric] = {}
+        if on == "error":
+            if objective.loss_fn is None:
+                raise InvalidArgumentError(
+                    f"{call}(on='error') compares outputs with labels, which batch_loss= does not "
+                    "show; give the objective loss_fn=, or use on='loss'."
+                )
+            self._metrics["error"] = classification_error(call, objective.loss_fn)
+        # A loss that is not finite at θ is an error.
+        self.base = objective.loss()
+        if self._metrics:
+            self.base = objective.evaluate_state({}, self._metrics)[1]["error"]
+        self.evaluations = 1 + len(self._metrics)
+
+    def at(self, sigma: float, tell: Callable[[], object]) -> Tensor:
+        """The rise of each draw at σ, shape (samples,) in float64; `tell` is called for each."""
+        layout, point = self._objective.layout, self._objective.point()
+
+        def states() -> Iterator[dict[str, Tensor]]:
+            for displacement in self._noise.displacements(sigma, self._samples):
+                tell()
+                moved = displacement.add_(point)
+                yield dict(zip(layout.names, layout.unflatten(moved), strict=True))
+
+        found = [
+            metrics.get("error", loss)
+            for loss, metrics in self._objective.evaluate_states(states(), self._metrics)
+        ]
+        self.evaluations += self._samples
+        return torch.tensor(found, dtype=torch.float64) - self.base

@@ -1,0 +1,250 @@
+"""How much noise a classifier bears: PAC-Bayes sharpness."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from ..checks import check_integer, check_positive
+from ..errors import InvalidArgumentError
+from ..estimators.probes import spread
+from ..objective import Objective, check_objective
+from ..precision import precision_notes
+from ..progress import progress_bar
+from ..randomness import Seed
+from ..results import Outcome, Table, format_number
+from .noise import NoisyRise
+from .result import Measurement, MeasureResult
+
+__all__ = ["PacBayesResult", "pac_bayes_sharpness"]
+
+DOUBLINGS, HALVINGS = 12, 30
+"""From the first σ: beyond 400 times the size of the parameters these hardly count any more."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PacBayesResult(MeasureResult):
+    """The largest noise that raises the error by no more than a target.
+
+    Attributes:
+        value: 1 / σ².
+        standard_error: of `value`, as the draws of noise are few; NaN where it is not known.
+        sigma: σ.
+        sigma_error: its standard error.
+        upper: the smallest σ that was found to be too large; σ lies below it. Infinity where none
+            was.
+        rise: the mean rise at σ, at most the target.
+        target: the rise that is allowed.
+        on: "error" or "loss".
+        base: the error, or the loss, at θ.
+        adaptive: whether the noise is in proportion to |θ|.
+        samples: draws of noise.
+        sigmas: every σ that was tried, ascending.
+        rises: the mean rise at each.
+        evaluations: passes over the data.
+        outcome: completed; or not reached, when no σ tried was too large, or none small enough.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> result = fm.pac_bayes_sharpness(objective, on="loss")
+        >>> result.rise <= 0.1 < result.rises[result.sigmas.index(result.upper)]
+        True
+    """
+
+    value: float
+    standard_error: float
+    sigma: float
+    sigma_error: float
+    upper: float
+    rise: float
+    target: float
+    on: str
+    base: float
+    adaptive: bool
+    samples: int
+    sigmas: tuple[float, ...]
+    rises: tuple[float, ...]
+    evaluations: int
+    outcome: Outcome
+    readings: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """With its settings."""
+        how = "magnitude-aware PAC-Bayes" if self.adaptive else "PAC-Bayes"
+        return f"{how} sharpness 1/σ², {self.on} + {self.target:g}"
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """One line."""
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        return self._line(self.name, f"{self.evaluations} losses", error, "standard error")
+
+    def _table(self) -> Table:
+        return Table(
+            header=("quantity", "value", "standard error"),
+            rows=(
+                (
+                    "sharpness 1/σ²",
+                    format_number(self.value),
+                    format_number(self.standard_error, 2),
+                ),
+                ("σ", format_number(self.sigma), format_number(self.sigma_error, 2)),
+                (f"mean rise of the {self.on} at σ", format_number(self.rise), ""),
+                (f"{self.on} at θ", format_number(self.base), ""),
+            ),
+            title=self.name[0].upper() + self.name[1:],
+            notes=self._said(f"{len(self.sigmas)} values of σ, {self.samples} draws each."),
+        )
+
+
+def pac_bayes_sharpness(
+    objective: Objective,
+    *,
+    target: float = 0.1,
+    on: Literal["error", "loss"] = "error",
+    adaptive: bool = False,
+    samples: int = 20,
+    tol: float = 0.01,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> PacBayesResult:
+    """1 / σ² of the largest Gaussian noise under which the training error rises by `target`.
+
+    σ = max { σ : E error(θ + σ c ⊙ z) − error(θ) ≤ target }, z ~ N(0, I) (Jiang et al. 2020,
+    arXiv:1912.02178, whose 1 / σ² is the sharpness that PAC-Bayes bounds hold). c is
+    1, or with `adaptive` |θ| element by element, the magnitude-aware variant, without the small
+    constant that the paper adds to keep zeros moving.
+
+    The expectation is over the same draws of z for every σ, so that the rise changes smoothly with
+    it. σ is doubled (or halved) from a tenth of the parameters' root mean square until the target
+    is passed, which is then enclosed by bisection of log σ. Where the rise is not monotone, the
+    crossing that this finds is one of several.
+
+    Args:
+        objective: a classifier with `loss_fn` on its training data; with on="loss" any.
+        target: the rise that is allowed, 0.1 = ten percentage points of error.
+        on: "error", the fraction of wrong labels, or "loss".
+        adaptive: noise in proportion to |θ|. Parameters that are zero do not move.
+        samples: draws of z, 2 at least.
+        tol: relative width of the last bracket of σ, below 1.
+        seed: of the draws.
+        progress: show a bar if it takes long.
+
+    Returns:
+        1 / σ² and σ, with the errors that so few draws leave, and every σ that was tried.
+
+    Raises:
+        InvalidArgumentError: target or `tol` out of range, too few samples, `adaptive` with a
+            tensor of zeros, or on="error" for a model that is no classifier.
+        NonFiniteError: L(θ) is NaN or infinite.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1)))
+        >>> result = fm.pac_bayes_sharpness(objective, on="loss", samples=1000)
+        >>> abs(result.value - 0.5 * (4 + 16) / 0.1) < 3 * result.standard_error  # tr H / 2 target
+        True
+    """
+    call = "pac_bayes_sharpness"
+    check_objective(call, objective)
+    target = check_positive(call, "target", target)
+    tol = check_positive(call, "tol", tol)
+    if tol >= 1:
+        raise InvalidArgumentError(f"The 'tol' argument of {call} must be below 1; got {tol!r}.")
+    check_integer(call, "samples", samples, low=2)
+    before = objective.batches.readings
+    rise = NoisyRise(call, objective, on=on, adaptive=adaptive, samples=samples, seed=seed)
+    # Where the noise is relative, to the parameters, and else to their size.
+    start = 0.1
+    if not adaptive:
+        start *= float(objective.point().double().square().mean().sqrt()) or 1.0
+    tried: dict[float, Tensor] = {}
+    with progress_bar("PAC-Bayes sharpness", total=None, unit="loss", show=progress) as bar:
+
+        def too_large(sigma: float) -> bool:
+            tried[sigma] = rise.at(sigma, bar.update)
+            bar.set_postfix_str(f"σ = {sigma:.3g}", refresh=False)
+            # Not ">", which NaN would pass.
+            return not _mean(tried[sigma]) <= target
+
+        low, high = _bracket(too_large, start)
+        while low > 0 and high < math.inf and high > (1 + tol) * low:
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if too_large(middle) else (middle, high)
+    sigmas = sorted(tried)
+    reached = low > 0 and high < math.inf
+    # Where none was small enough, the smallest is what σ lies below.
+    sigma = low if low > 0 else high
+    error = _error(tried, sigma, target) if reached else math.nan
+    return PacBayesResult(
+        value=sigma**-2,
+        standard_error=2 * error / sigma**3,
+        sigma=sigma,
+        sigma_error=error,
+        upper=high,
+        rise=_mean(tried[sigma]),
+        target=target,
+        on=on,
+        base=rise.base,
+        adaptive=adaptive,
+        samples=samples,
+        sigmas=tuple(sigmas),
+        rises=tuple(_mean(tried[s]) for s in sigmas),
+        evaluations=rise.evaluations,
+        outcome=Outcome.COMPLETED if reached else Outcome.NOT_REACHED,
+        readings=objective.batches.readings - before,
+        notes=precision_notes(objective.model, objective.device),
+    )
+
+
+def _bracket(too_large: Callable[[float], bool], start: float) -> tuple[float, float]:
+    """A σ that is small enough, 0 if none was, and one twice as large that is not, if any."""
+    if too_large(start):
+        high = start
+        for _ in range(HALVINGS):
+            if not too_large(high / 2):
+                return high / 2, high
+            high /= 2
+        return 0.0, high
+    low = start
+    for _ in range(DOUBLINGS):
+        if too_large(2 * low):
+            return low, 2 * low
+        low *= 2
+    return low, math.inf
+
+
+def _mean(rises: Tensor) -> float:
+    return float(rises.mean())
+
+
+def _error(tried: dict[float, Tensor], sigma: float, target: float) -> float:
+    """The standard error of σ: that of the rise, over the slope of the rise near the target.
+
+    The slope is that of a power of σ through the points around the target.
+    """
+    points = [(s, _mean(r)) for s, r in tried.items()]
+    near = [(math.log(s), math.log(r)) for s, r in points if target / 3 <= r <= 3 * target]
+    if len(near) < 2:
+        return math.nan
+    x, y = np.array(near).T
+    power = float(np.polyfit(x - x.mean(), y, 1)[0])
+    if power <= 0:
+        return math.nan
+    _, error = spread(tried[sigma])
+    return sigma * float(error) / (power * target)

@@ -1,0 +1,259 @@
+"""Relative flatness: the curvature by a layer's weights, in units of these weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_integer
+from ..errors import InvalidArgumentError
+from ..estimators.trace import trace
+from ..objective import Objective, check_objective
+from ..operators.hessian import HessianOperator
+from ..operators.linear import LinearOperator
+from ..operators.restricted import BlockOperator
+from ..progress import progress_bar
+from ..randomness import Seed, as_generator
+from ..results import Outcome, Result, Table, format_number
+from ..vectors import matching
+from .result import Measurement, MeasureResult
+
+__all__ = ["LayerFlatness", "RelativeFlatnessResult", "relative_flatness"]
+
+_HEADER = ("weights", "relative flatness", "standard error", "products", "diagnosis")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerFlatness(Result):
+    """Relative flatness of one weight matrix.
+
+    Attributes:
+        name: of the parameter.
+        rows: its neurons or filters.
+        columns: what each of them reads.
+        value: Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'}.
+        standard_error: of `value`; 0 where it is exact.
+        products: with the Hessian.
+        outcome: exact or completed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> layer = fm.relative_flatness(objective).layers[0]
+        >>> layer.name, layer.rows, layer.columns, layer.outcome.brief
+        ('weight', 1, 2, 'exact')
+    """
+
+    name: str
+    rows: int
+    columns: int
+    value: float
+    standard_error: float
+    products: int
+    outcome: Outcome
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its cells in a table."""
+        error = format_number(self.standard_error, 2)
+        spent, brief = str(self.products), self.outcome.brief
+        return (self.name, format_number(self.value), error, spent, brief)
+
+    def _table(self) -> Table:
+        return Table(_HEADER, (self.row,))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RelativeFlatnessResult(MeasureResult):
+    """Relative flatness of each layer, and their sum.
+
+    Attributes:
+        value: the sum over the layers.
+        standard_error: of `value`.
+        layers: one for each weight matrix, in the model's order.
+        products: with the Hessian, in all.
+        outcome: exact where all layers are, or completed.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> result = fm.relative_flatness(fm.Objective(model, torch.nn.MSELoss(), data))
+        >>> [layer.name for layer in result.layers]
+        ['0.weight', '1.weight']
+    """
+
+    value: float
+    standard_error: float
+    layers: tuple[LayerFlatness, ...]
+    products: int
+    outcome: Outcome
+    readings: int = 0
+    notes: tuple[str, ...] = ()
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """The sum, as one line."""
+        cost = f"{self.products} products"
+        return self._line("relative flatness", cost, self.standard_error, "standard error")
+
+    def _table(self) -> Table:
+        error = format_number(self.standard_error, 2)
+        whole = ("sum", format_number(self.value), error, str(self.products), self.outcome.brief)
+        return Table(
+            header=_HEADER,
+            rows=(whole, *(layer.row for layer in self.layers)),
+            title="Relative flatness (larger is sharper)",
+            notes=self._said(),
+        )
+
+
+def relative_flatness(
+    objective: Objective,
+    *,
+    layers: str | Sequence[str] | None = None,
+    products: int = 50,
+    seed: Seed = 0,
+    progress: bool = True,
+) -> RelativeFlatnessResult:
+    """The trace of each layer's Hessian blocks, weighted by the inner products of its neurons.
+
+    κ = Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'} for a layer's weight matrix W with rows w_s, and H_{s,s'}
+    the block of the Hessian by rows s and s' (Petzka et al. 2021, arXiv:2001.00939, definition 3).
+    In spite of its name, larger is sharper. It is unchanged when whole layers are rescaled.
+
+    κ is the trace of M ↦ Aᵀ H[A M], where A Aᵀ = W Wᵀ and A is the smaller of W and (W Wᵀ)^½, over
+    matrices M with as many columns as W. That trace is exact where it takes no more than `products`
+    products and otherwise comes from XTrace, as of [`trace`][flatminima.trace].
+
+    Args:
+        objective: what is differentiated.
+        layers: glob patterns on the names of weights; all selected parameters of two dimensions
+            and more unless told. Filters are the rows of convolutions, and of embeddings and
+            transposed convolutions it is the second dimension that counts the neurons.
+        products: with the Hessian for each layer, 4 at least.
+        seed: of the random vectors.
+        progress: show a bar if it takes long.
+
+    Returns:
+        κ of each layer with its standard error, and the sum.
+
+    Raises:
+        InvalidArgumentError: no selected parameter has two dimensions, or too few products.
+        ParameterSelectionError: a pattern matches none of them.
+        NonFiniteError: a product holds NaN or infinity.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> data = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> round(fm.relative_flatness(objective).value, 3)  # ‖w‖² tr diag(1, 4)
+        90.0
+    """
+    call = "relative_flatness"
+    check_objective(call, objective)
+    check_integer(call, "products", products, low=4)
+    generator = as_generator(seed, objective.device)
+    parameters = objective.parameters
+    weights = {n: p for n, p in parameters.items() if p.dim() > 1 and p.numel() > 0}
+    if not weights:
+        raise InvalidArgumentError(
+            f"{call} needs weight matrices, and no selected parameter has two dimensions; select "
+            "them with params= of the objective."
+        )
+    if layers is not None:
+        weights = matching(list(weights.items()), layers)
+    before = objective.batches.readings
+    hessian = HessianOperator(objective)
+    found = []
+    with (
+        hessian.session(),
+        progress_bar("relative flatness", total=len(weights), unit="layer", show=progress) as bar,
+    ):
+        for name, weight in weights.items():
+            operator = _LayerOperator(hessian, name, weight, _swaps(objective.model, name))
+            estimate = trace(operator, products=products, seed=generator, progress=progress)
+            rows, columns = operator.matrix
+            found.append(
+                LayerFlatness(
+                    name=name,
+                    rows=rows,
+                    columns=columns,
+                    value=estimate.value,
+                    standard_error=estimate.standard_error,
+                    products=estimate.products,
+                    outcome=estimate.outcome,
+                )
+            )
+            bar.update()
+    exact = all(layer.outcome is Outcome.EXACT for layer in found)
+    return RelativeFlatnessResult(
+        value=math.fsum(layer.value for layer in found),
+        standard_error=math.hypot(*(layer.standard_error for layer in found)),
+        layers=tuple(found),
+        products=sum(layer.products for layer in found),
+        outcome=Outcome.EXACT if exact else Outcome.COMPLETED,
+        readings=objective.batches.readings - before,
+        notes=((hessian.reason,) if hessian.reason else ()) + hessian.notes,
+    )
+
+
+_TURNED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+
+
+def _swaps(model: nn.Module, name: str) -> bool:
+    """Whether the neurons of a weight are counted by its second dimension."""
+    owner, _, attribute = name.rpartition(".")
+    return attribute == "weight" and isinstance(model.get_submodule(owner), _TURNED)
+
+
+class _LayerOperator(LinearOperator):
+    """M ↦ Aᵀ H[A M], whose trace is κ; M has as many rows as A has columns."""
+
+    def __init__(self, hessian: HessianOperator, name: str, weight: Tensor, swaps: bool) -> None:
+        self._block = BlockOperator(hessian, lambda other, _: other == name)
+        self._shape, self._swaps = weight.shape, swaps
+        matrix = self._as_matrix(weight.detach().to(hessian.dtype).reshape(1, -1))[0]
+        self.matrix = (matrix.shape[0], matrix.shape[1])
+        if matrix.shape[0] > matrix.shape[1]:
+            self._factor = matrix
+        else:
+            # The symmetric root, which is one matrix whatever the signs of singular vectors.
+            u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+            self._factor = (u * s) @ u.T
+        super().__init__(self._factor.shape[1] * self.matrix[1], hessian.dtype, hessian.device)
+        self._size = float(torch.linalg.matrix_norm(self._factor, 2)) ** 2
+
+    @property
+    def readings(self) -> int:
+        """Of the Hessian."""
+        return self._block.readings
+
+    def _as_matrix(self, flat: Tensor) -> Tensor:
+        """Weights (k, n) as matrices (k, rows, columns)."""
+        weights = flat.view(-1, *self._shape)
+        return (weights.transpose(1, 2) if self._swaps else weights).flatten(2)
+
+    def _as_weights(self, matrices: Tensor) -> Tensor:
+        """And back."""
+        shape = list(self._shape)
+        if not self._swaps:
+            return matrices.reshape(len(matrices), -1)
+        shape[0], shape[1] = shape[1], shape[0]
+        return matrices.reshape(-1, *shape).transpose(1, 2).reshape(len(matrices), -1)
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        inner = vectors.view(len(vectors), -1, self.matrix[1])
+        products = self._block._products(self._as_weights(self._factor @ inner))
+        self.error = self._block.error * self._size
+        self.floor = self._block.floor * self._size
+        return (self._factor.T @ self._as_matrix(products)).reshape(len(vectors), -1)

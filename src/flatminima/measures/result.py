@@ -1,0 +1,104 @@
+"""What all measures of an objective return, and a number as a line of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..results import Outcome, Result, Table, format_number, reading_notes
+
+__all__ = ["HEADER", "MeasureResult", "Measurement", "counted"]
+
+HEADER = ("measure", "value", "± error", "diagnosis", "cost")
+
+
+def counted(number: int, unit: str) -> str:
+    """A number of things, as a cost.
+
+    Examples:
+        >>> counted(1, "gradient"), counted(3, "loss")
+        ('1 gradient', '3 losses')
+    """
+    plural = {"loss": "losses"}.get(unit, f"{unit}s")
+    return f"{number} {unit if number == 1 else plural}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Measurement(Result):
+    """One line of a report.
+
+    Attributes:
+        name: of the measure, with its settings.
+        value: the number.
+        error: its uncertainty, where it has one.
+        error_kind: what `error` is: "residual", "standard error", "std", "bracket" or "".
+        outcome: how the computation ended; None for a plain evaluation.
+        cost: what it took.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> report = fm.sharpness(model, torch.nn.MSELoss(), data, measures=["gradient_norm"])
+        >>> [(line.name, line.value) for line in report.measurements()][0]
+        ('loss L(θ)', 1.0)
+    """
+
+    name: str
+    value: float
+    error: float | None
+    error_kind: str
+    outcome: Outcome | None
+    cost: str
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """Its cells in a table under `HEADER`."""
+        error = "" if self.error is None else f"{format_number(self.error, 2)} ({self.error_kind})"
+        diagnosis = "" if self.outcome is None else self.outcome.brief
+        return (self.name, format_number(self.value), error, diagnosis, self.cost)
+
+    def _table(self) -> Table:
+        return Table(HEADER, (self.row,))
+
+
+class MeasureResult(Result):
+    """What every measure of an `Objective` returns: a number, what became of it, and its cost.
+
+    Attributes:
+        value: the measure. Larger is sharper, but for the evidence of a Laplace approximation.
+        outcome: how the computation ended.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> for measure in (fm.gradient_norm, fm.fisher_rao_norm):
+        ...     result = measure(objective, seed=0, progress=False)
+        ...     print(type(result).__name__, result.measurements()[0].name, round(result.value, 3))
+        GradientNormResult gradient norm ‖∇L‖ 1.414
+        FisherRaoResult Fisher–Rao norm 2.0
+    """
+
+    value: float
+    outcome: Outcome
+    readings: int
+    notes: tuple[str, ...]
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """The number, and others that came with it, as lines of a report."""
+        raise NotImplementedError
+
+    def _line(
+        self, name: str, cost: str, error: float | None = None, kind: str = ""
+    ) -> tuple[Measurement, ...]:
+        """The value as the only line."""
+        return (Measurement(name, self.value, error, kind, self.outcome, cost),)
+
+    def _said(self, *more: str) -> tuple[str, ...]:
+        """What stands below a table."""
+        return (self.outcome.value, *more, *reading_notes(self.readings), *self.notes)

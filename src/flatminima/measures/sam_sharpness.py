@@ -1,0 +1,276 @@
+"""Worst-case sharpness over a ball: that of SAM, its adaptive kind, and m-sharpness."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from ..checks import check_integer, check_positive
+from ..errors import FlatMinimaError, InvalidArgumentError
+from ..objective import Objective, check_objective
+from ..optimize.ball import BallMaximum, maximize_over_ball
+from ..precision import precision_notes
+from ..progress import progress_bar
+from ..randomness import Seed, as_generator
+from ..results import Outcome, Table, format_number
+from ..variants import groups_of, with_normalized_logits
+from .noise import magnitudes
+from .result import Measurement, MeasureResult, counted
+
+__all__ = ["SamSharpnessResult", "sam_sharpness"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SamSharpnessResult(MeasureResult):
+    """How far the loss rises within a ball.
+
+    Attributes:
+        value: max L(θ + δ) − L(θ), never negative; with m the mean over the groups.
+        loss: L(θ).
+        first_order: what `value` would be if the loss were linear, ρ ‖c ⊙ ∇L‖_q; with m the mean.
+        rho: ρ.
+        norm: p, 2 or infinity.
+        steps: of each start.
+        restarts: further starts.
+        adaptive: whether c = |θ|.
+        m: examples in a group, or None for all data at once.
+        groups: how many.
+        normalize_logits: whether the loss was that of normalised logits.
+        gradients: evaluations of loss and gradient; with m of single groups.
+        losses: evaluations of the loss alone, likewise, beside the one at θ on all data.
+        outcome: completed for one step; else why the ascent stopped. With m the first doubtful one
+            of the groups, or else the most frequent.
+        displacement: δ of the maximum, shape (n,), when asked for.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.eye(2), torch.zeros(2, 1)
+        >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)
+        >>> result = fm.sam_sharpness(objective, rho=0.1, steps=5)
+        >>> print(round(result.value, 4), round(result.first_order, 4), result.outcome.brief)
+        0.1464 0.1414 stationary
+    """
+
+    value: float
+    loss: float
+    first_order: float
+    rho: float
+    norm: float
+    steps: int
+    restarts: int
+    adaptive: bool
+    m: int | None
+    groups: int
+    normalize_logits: bool
+    gradients: int
+    losses: int
+    outcome: Outcome
+    displacement: Tensor | None = None
+    readings: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """With its settings."""
+        parts = [
+            ("adaptive " if self.adaptive else "") + "SAM sharpness",
+            f"ρ = {self.rho:g}" + ("" if self.norm == 2 else " (ℓ∞)"),
+            "1 step" if self.steps == 1 else f"{self.steps} steps",
+        ]
+        parts += [f"{self.restarts} restarts"] if self.restarts else []
+        parts += [f"m = {self.m}"] if self.m else []
+        parts += ["normalised logits"] if self.normalize_logits else []
+        return ", ".join(parts)
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        """One line."""
+        cost = f"{counted(self.gradients, 'gradient')}, {counted(self.losses, 'loss')}"
+        return self._line(self.name, cost + (f" of {self.m} examples" if self.m else ""))
+
+    def _table(self) -> Table:
+        return Table(
+            header=("quantity", "value"),
+            rows=(
+                ("rise of the loss", format_number(self.value)),
+                ("the same to first order", format_number(self.first_order)),
+                ("loss L(θ)", format_number(self.loss)),
+                ("gradients", str(self.gradients)),
+                ("losses alone", str(self.losses)),
+            ),
+            title=self.name[0].upper() + self.name[1:],
+            notes=self._said(*([f"Mean over {self.groups} groups."] if self.m else [])),
+        )
+
+
+def sam_sharpness(
+    objective: Objective,
+    *,
+    rho: float = 0.05,
+    norm: float = 2,
+    steps: int = 1,
+    adaptive: bool = False,
+    restarts: int = 0,
+    m: int | None = None,
+    normalize_logits: bool = False,
+    seed: Seed = 0,
+    return_displacement: bool = False,
+    progress: bool = True,
+) -> SamSharpnessResult:
+    """How far the loss can rise within a ball: max L(θ + δ) − L(θ) over ‖δ ⊘ c‖_p ≤ ρ.
+
+    c is 1, or with `adaptive` |θ| element by element (ASAM, Kwon et al. 2021, arXiv:2102.11600,
+    section 3), which makes it unchanged by rescaling; parameters that are zero then do not move.
+    With one step δ is the maximiser of the loss's linear model, the point that SAM descends from
+    (Foret et al. 2021, arXiv:2010.01412, equation 2). With more steps it is found by projected
+    ascent whose step adapts to the curvature that it meets (see `optimize.ball`), 20 steps being
+    what Andriushchenko et al. 2023 (arXiv:2302.07011) take. The value is that of the best point
+    evaluated, θ itself included.
+
+    m-sharpness is the mean over groups of m examples of each group's own rise (Foret et al. 2021,
+    section 4.1), weighted as the objective weights its batches. Examples are entries of the first
+    dimension, and groups are formed in the order of the data: data sorted by class want shuffling
+    first.
+
+    Args:
+        objective: what is maximised.
+        rho: ρ; relative to each parameter with `adaptive`. Foret et al. train with 0.05, Kwon et
+            al. with 0.5 in their adaptive kind. For p = ∞ it is much smaller at the same effect.
+        norm: p, 2 or infinity.
+        steps: evaluations beside the one at θ, for each start.
+        adaptive: measure the displacement of each parameter in units of the parameter itself.
+        restarts: further starts, from random points of the ball's boundary.
+        m: examples in a group, or None for all data at once.
+        normalize_logits: divide the logits of each example by their standard deviation first, for
+            cross-entropy: without it a classifier that is surer of the same labels looks flatter
+            (Andriushchenko et al. 2023).
+        seed: of the starts.
+        return_displacement: keep δ in the result; not with m.
+        progress: show a bar if it takes long.
+
+    Returns:
+        The rise, what it would be to first order, and why the ascent stopped.
+
+    Raises:
+        InvalidArgumentError: ρ ≤ 0, another norm, counts out of range, m larger than the data,
+            `adaptive` with a tensor of zeros, `normalize_logits` with another loss than
+            cross-entropy, or batches that cannot be cut into groups, or not be evaluated in them.
+        NonFiniteError: L(θ) or its gradient is NaN or infinite.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> x = torch.tensor([[3.0, -4.0]])
+        >>> objective = fm.Objective(model, lambda out, y: out.mean(), (x, torch.zeros(1, 1)))
+        >>> round(fm.sam_sharpness(objective, rho=0.1).value, 3)  # ρ ‖g‖₂
+        0.5
+        >>> round(fm.sam_sharpness(objective, rho=0.1, norm=float("inf")).value, 3)  # ρ ‖g‖₁
+        0.7
+        >>> round(fm.sam_sharpness(objective, rho=0.1, adaptive=True).value, 3)  # ρ ‖θ ⊙ g‖₂
+        1.0
+    """
+    call = "sam_sharpness"
+    check_objective(call, objective)
+    rho = check_positive(call, "rho", rho)
+    if isinstance(norm, bool) or norm not in (2, math.inf):
+        raise InvalidArgumentError(
+            f"The 'norm' argument of {call} must be 2 or infinity (float('inf')); got {norm!r}."
+        )
+    check_integer(call, "steps", steps, low=1)
+    check_integer(call, "restarts", restarts, low=0)
+    if m is not None:
+        m = check_integer(call, "m", m, low=1, high=objective.examples)
+        if return_displacement:
+            raise InvalidArgumentError(
+                f"With m= every group of examples has a displacement of its own; {call} can keep "
+                "one only without m=."
+            )
+    scale = magnitudes(call, objective, adaptive=adaptive)
+    before = objective.batches.readings
+    batches = objective.batches
+    if normalize_logits:
+        objective = with_normalized_logits(call, objective)
+    loss = objective.loss()
+    generator = as_generator(seed, objective.device)
+    found: list[tuple[float, BallMaximum]] = []
+    with (
+        progress_bar("SAM sharpness", total=None, unit="evaluation", show=progress) as bar,
+        contextlib.closing(_parts(call, objective, m)) as parts,
+    ):
+        for part in parts:
+
+            def function(displacement: Tensor, part: Objective = part) -> tuple[float, Tensor]:
+                # At θ itself, what is not finite is an error.
+                return part.value_and_gradient(displacement if displacement.any() else None)
+
+            try:
+                maximum = maximize_over_ball(
+                    function,
+                    objective.size,
+                    dtype=objective.dtype,
+                    device=objective.device,
+                    scale=scale,
+                    radius=rho,
+                    norm=float(norm),
+                    steps=steps,
+                    restarts=restarts,
+                    seed=generator,
+                    value_only=part.loss_at,
+                    on_evaluation=lambda best: bar.update(),  # noqa: ARG005
+                )
+            except (RuntimeError, ValueError, IndexError) as error:
+                if m is None or isinstance(error, FlatMinimaError):
+                    raise
+                raise InvalidArgumentError(
+                    f"{call}(m={m}) evaluates groups of examples by themselves, and the model or "
+                    f"the loss fails on one of {part.examples} ({error}). Use another m, or data "
+                    "without a rest."
+                ) from error
+            found.append((part.batches.total_weight, maximum))
+    total = math.fsum(weight for weight, _ in found)
+    value = math.fsum(w * (best.value - best.start) for w, best in found) / total
+    outcome = _outcome([best.outcome for _, best in found])
+    if 0 < value <= 4 * torch.finfo(objective.dtype).eps * abs(loss):
+        outcome = Outcome.BELOW_ROUNDING
+    return SamSharpnessResult(
+        value=value,
+        loss=loss,
+        first_order=math.fsum(w * best.first_order for w, best in found) / total,
+        rho=rho,
+        norm=float(norm),
+        steps=steps,
+        restarts=restarts,
+        adaptive=adaptive,
+        m=m,
+        groups=len(found),
+        normalize_logits=normalize_logits,
+        gradients=sum(best.gradients for _, best in found),
+        losses=sum(best.losses for _, best in found),
+        outcome=outcome,
+        displacement=found[0][1].point if return_displacement else None,
+        readings=batches.readings - before,
+        notes=precision_notes(objective.model, objective.device),
+    )
+
+
+def _parts(call: str, objective: Objective, m: int | None) -> Generator[Objective, None, None]:
+    """The objective itself, or its groups of m examples."""
+    if m is None:
+        yield objective
+    else:
+        yield from groups_of(call, objective, m)
+
+
+def _outcome(outcomes: list[Outcome]) -> Outcome:
+    """The first doubtful one, or the most frequent."""
+    doubtful = [outcome for outcome in outcomes if outcome.doubtful]
+    return doubtful[0] if doubtful else max(outcomes, key=outcomes.count)
