@@ -18,6 +18,9 @@ __all__ = ["Held", "combined", "take_over"]
 GOOD = 0.05
 """Residuals below this part of the Ritz values are worth the products that take vectors over."""
 
+NOISE = 50.0
+"""Residuals up to so many units of rounding are none."""
+
 PARALLEL = 0.1
 """Sine below which two residuals count as of one direction."""
 
@@ -79,6 +82,9 @@ def take_over(
     for i in range(count):
         start += float(along[i]) * basis.take(last - i).to(basis.device)
     norm = math.sqrt(max(float(along @ gram @ along), 0.0))
+    # Rounding of the products has no direction to go on in.
+    rounding = float(torch.finfo(vectors.dtype).eps) * np.abs(projected).max()
+    norm = 0.0 if norm <= NOISE * rounding else norm
     if norm == 0 and count == basis.rows.shape[1]:
         return None
     values, vectors_ = eigh(projected)
