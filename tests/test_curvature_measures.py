@@ -220,7 +220,7 @@ def test_along_the_gradient_it_is_the_curvature_there(size):
     assert result.step == pytest.approx(2 / result.value)
     low, high = result.bracket
     assert low < 2 / expected < high <= 1.001 * low
-    assert (result.gradients, result.evaluations) == (1, len(result.steps))
+    assert (result.gradients, result.evaluations) == (1, len(result.tried_steps))
     assert result.evaluations < 40
 
 
@@ -229,7 +229,8 @@ def test_an_update_may_be_a_vector_or_tensors_by_name():
     gradient = objective.gradient()
     signs = -gradient.sign()
     whole = fm.critical_sharpness(objective, update=signs)
-    assert (whole.gradients, whole.evaluations) == (0, len(whole.steps) + 1)
+    assert whole.measurements()[0].name == "critical sharpness 2/η, update given"
+    assert (whole.gradients, whole.evaluations) == (0, len(whole.tried_steps) + 1)
     pieces = dict(zip(objective.layout.names, objective.layout.unflatten(signs), strict=True))
     assert fm.critical_sharpness(objective, update=pieces) == whole
     assert whole.value != pytest.approx(fm.critical_sharpness(objective).value, rel=0.1)
@@ -299,3 +300,52 @@ def test_data_may_be_cut_as_one_likes_and_nothing_is_touched(measure):
         assert measure(objective, seed=2) == result or not cache
         values.append(result.value)
     assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------- rounding
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-3, 1e-2, 0.3])
+def test_critical_sharpness_knows_what_rounding_does(distance):
+    """L = 1 + (w − 1)² / 2 in float32, at a distance from its minimum: H = 1."""
+
+    class Bowl(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0 + distance]))
+
+        def forward(self, inputs):
+            return 1 + (self.w - 1).square().sum() / 2
+
+    objective = fm.Objective(Bowl(), data=[torch.zeros(1)], batch_loss=lambda m, b: m(b))
+    result = fm.critical_sharpness(objective)
+    if result.outcome is fm.Outcome.COMPLETED:
+        assert result.value == pytest.approx(1.0, abs=2 * result.error)
+        assert distance > 1e-4
+    else:
+        assert result.outcome is fm.Outcome.BELOW_ROUNDING
+        assert distance < 1e-2
+
+
+def test_flatness_by_differences_has_their_error():
+    class Hard(nn.Module):
+        def forward(self, x):
+            return nn.functional.hardsigmoid(x)
+
+    net = filled(nn.Sequential(nn.Linear(3, 4), Hard(), nn.Linear(4, 2))).float()
+    objective = fm.Objective(
+        net, nn.CrossEntropyLoss(), (draws(1, 8, 3).float(), torch.arange(8) % 2)
+    )
+    with pytest.warns(fm.FiniteDifferenceWarning):
+        result = fm.relative_flatness(objective)
+    assert result.outcome is fm.Outcome.INEXACT_PRODUCTS
+    assert result.standard_error > 0
+
+
+def test_layers_that_were_chosen_are_in_the_name():
+    _, _, _, objective = net_objective()
+    whole = fm.relative_flatness(objective)
+    part = fm.relative_flatness(objective, layers="2.*")
+    assert whole.measurements()[0].name == "relative flatness"
+    assert part.measurements()[0].name == "relative flatness of 2.weight"
+    assert part.value == pytest.approx(whole.layers[1].value)

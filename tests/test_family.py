@@ -141,7 +141,7 @@ def test_all_is_every_measure():
     report = fm.sharpness(net, loss_fn, data, measures="all", trace_products=4, samples=2)
     assert report.density is not None
     assert report.gauss_newton_trace is not None
-    assert set(report.results) == set(FAMILY) - {"epsilon_sharpness", "random_sharpness"}
+    assert set(report.results) == set(FAMILY)
     for name, found in report.results.items():
         assert len(found) == len(FAMILY[name][1])
     assert len(fm.compare({"one": report, "two": report}).measures) == len(report.measurements())
@@ -177,6 +177,30 @@ def test_lines_that_differ_in_hidden_settings_are_numbered():
     assert len(fm.compare({"a": report, "b": report}).measures) == 3
 
 
+def test_all_works_where_outputs_are_of_tokens_and_losses_are_not_convex():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6)).double()
+    data = torch.randint(5, (8, 3)), torch.randint(6, (8, 3))
+
+    def loss_fn(output, target):
+        scores = output.flatten(0, 1)
+        return nn.functional.cross_entropy(scores, target.flatten()) - scores.square().mean()
+
+    report = fm.sharpness(net, loss_fn, data, measures="all", trace_products=2, samples=1)
+    notes = " ".join(report.notes)
+    for name in ("pac_bayes_sharpness", "local_energy", "laplace_log_evidence"):
+        assert name not in report.results
+        assert f"{name}(" in notes
+
+
+def test_settings_of_the_user_are_taken_as_they_are():
+    model = nn.Linear(3, 1)
+    data = torch.ones(4, 3), torch.zeros(4, 1)
+    own = {"epsilon_sharpness": {"epsilon": 1e-3, "subspace": 100}}
+    with pytest.raises(fm.InvalidArgumentError, match="'subspace' argument"):
+        fm.sharpness(model, nn.MSELoss(), data, measures=own)
+
+
 def test_all_works_with_batch_loss():
     net, _, (x, y) = net_and_data()
     report = fm.sharpness(
@@ -188,6 +212,8 @@ def test_all_works_with_batch_loss():
         samples=1,
     )
     assert set(report.results) == {
+        "epsilon_sharpness",
+        "random_sharpness",
         "sam_sharpness",
         "average_sharpness",
         "relative_flatness",

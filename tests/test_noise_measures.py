@@ -171,7 +171,7 @@ def test_pac_bayes_brackets_the_target_on_the_same_draws():
             output = torch.func.functional_call(net, state, (x,))
             wrong += float((output.argmax(1) != y).double().mean()) / 5
         assert rise == pytest.approx(wrong, abs=1e-12)
-    assert result.evaluations == 2 + 5 * len(rises)
+    assert result.evaluations == 1 + 5 * len(rises)
 
 
 def test_magnitude_aware_moves_in_proportion():
@@ -243,7 +243,7 @@ def test_local_energy_uses_the_same_draws_at_every_size():
     assert both.rises[1] == one.rises[0]
     assert one.value == pytest.approx(one.rises[0] / 2)  # a triangle from the origin
     assert both.rises[1] > both.rises[0] >= 0
-    assert both.evaluations == 2 + 12
+    assert both.evaluations == 1 + 12
 
 
 # ------------------------------------------------------------------------- which models have errors
@@ -398,3 +398,96 @@ def test_noise_in_proportion_refuses_tensors_of_zeros():
     ):
         with pytest.raises(fm.InvalidArgumentError, match=r"'0\.bias', '2\.bias'.*them out"):
             measure()
+
+
+def test_labels_that_the_criterion_ignores_are_no_errors():
+    net, x, y = classifier()
+    values = []
+    for ignored in (-100, -1, 5):
+        labels = y.clone()
+        labels[::2] = ignored
+        wrong = (labels[1:20:2] + 1) % 3
+        labels[1:20:2] = wrong
+        loss_fn = nn.CrossEntropyLoss(ignore_index=ignored)
+        for size in (60, 7):
+            objective = fm.Objective(net, loss_fn, (x, labels), batch_size=size)
+            values.append(fm.local_energy(objective, samples=2, sigmas=[0.1]))
+    assert [v.base for v in values] == pytest.approx([10 / 30] * 6)
+    for value in values:
+        assert value.rises == pytest.approx(values[0].rises, abs=1e-12)
+
+
+def test_probabilities_and_logits_have_the_same_errors():
+    net, x, y = binary(lambda x: (x > 0).float())
+    logits = fm.Objective(net, nn.BCEWithLogitsLoss(), (x, y))
+    probable = fm.Objective(nn.Sequential(net, nn.Sigmoid()), nn.BCELoss(), (x, y))
+    assert fm.local_energy(logits, samples=4) == fm.local_energy(probable, samples=4)
+
+
+def test_scores_of_tokens_last_are_told_apart():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6))
+    data = torch.randint(5, (8, 3)), torch.randint(6, (8, 3))
+
+    def loss_fn(output, target):
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    with pytest.raises(fm.InvalidArgumentError, match=r"not scores \(N, C, …\).*on='loss'"):
+        fm.pac_bayes_sharpness(fm.Objective(net, loss_fn, data))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "target"),
+    [
+        (lambda o, y: (o - y).square().mean(), torch.rand(8, 1)),
+        (nn.PoissonNLLLoss(), torch.randint(4, (8, 1))),
+    ],
+)
+def test_numbers_between_zero_and_one_are_no_classes(loss_fn, target):
+    objective = fm.Objective(nn.Linear(2, 1), loss_fn, (torch.randn(8, 2), target))
+    with pytest.raises(fm.InvalidArgumentError, match="no classifier"):
+        fm.pac_bayes_sharpness(objective)
+
+
+def test_small_rises_of_large_losses_are_known_to_be_rounding():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20, generator=generator)
+    net = nn.Linear(20, 1)
+    target = net(x).detach() + 3
+    objective = fm.Objective(net, nn.MSELoss(), (x, target))
+    exact = 0.5 * float((2 * x.square().mean(0)).sum() + 2)
+    for sigma in (1e-5, 1e-4, 3e-4, 1e-3, 1e-2):
+        result = fm.average_sharpness(objective, sigma=sigma, samples=200)
+        if result.outcome is fm.Outcome.COMPLETED:
+            missed = abs(result.value - sigma**2 * exact)
+            assert missed < 3 * result.standard_error + 0.1 * sigma**2 * exact
+            assert sigma > 1e-4
+        else:
+            assert result.outcome is fm.Outcome.BELOW_ROUNDING
+            assert sigma < 1e-2
+    with pytest.warns(fm.ConvergenceWarning, match="not known to be within rtol"):
+        fm.average_sharpness(objective, sigma=1e-5, rtol=0.1, samples=30)
+    with pytest.raises(fm.ConvergenceError):
+        fm.average_sharpness(objective, sigma=1e-5, rtol=0.1, samples=30, strict=True)
+    energy = fm.local_energy(objective, on="loss", sigmas=[1e-8], samples=2)
+    assert energy.outcome is fm.Outcome.BELOW_ROUNDING
+    searched = fm.pac_bayes_sharpness(objective, on="loss", target=1e-7, samples=2)
+    assert searched.outcome is fm.Outcome.BELOW_ROUNDING
+
+
+def test_short_types_have_their_own_rounding():
+    net, x, y = classifier(dtype=torch.float32)
+    objective = fm.Objective(
+        net.to(torch.bfloat16), nn.CrossEntropyLoss(), (x.to(torch.bfloat16), y)
+    )
+    result = fm.average_sharpness(objective, sigma=1e-3, samples=10)
+    assert result.outcome is fm.Outcome.BELOW_ROUNDING
+    assert result.resolution == pytest.approx(8 * 2.0**-7 * result.loss)
+
+
+def test_sigmas_that_were_chosen_are_in_the_name():
+    _, _, objective = quadratic()
+    usual = fm.local_energy(objective, on="loss", samples=2)
+    own = fm.local_energy(objective, on="loss", samples=2, sigmas=[0.1, 0.5])
+    assert usual.name == "local energy (loss), σ ≤ 0.5"
+    assert own.name == "local energy (loss), σ = 0.1, 0.5"

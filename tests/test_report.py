@@ -151,7 +151,10 @@ FIELDS = {
 def test_every_measure_but_the_density_is_taken_unless_told(report):
     assert set(FIELDS) == set(DEFAULT)
     assert report.density is None
-    assert report.results == {}
+    assert report.results == {
+        "epsilon_sharpness": report.epsilon_sharpness,
+        "random_sharpness": (report.random_sharpness,),
+    }
 
 
 @pytest.mark.parametrize("measure", FIELDS)

@@ -134,6 +134,7 @@ SAM = fm.SamSharpnessResult(
 AVERAGE = fm.AverageSharpnessResult(
     value=0.5,
     standard_error=0.125,
+    resolution=1e-7,
     loss=0.1,
     sigma=0.01,
     adaptive=False,
@@ -182,7 +183,12 @@ FISHER_RAO = fm.FisherRaoResult(
 )
 WEIGHTS = fm.LayerFlatness("0.weight", 3, 2, 1.5, 0.25, 6, fm.Outcome.EXACT)
 FLATNESS = fm.RelativeFlatnessResult(
-    value=1.5, standard_error=0.25, layers=(WEIGHTS,), products=6, outcome=fm.Outcome.COMPLETED
+    value=1.5,
+    standard_error=0.25,
+    layers=(WEIGHTS,),
+    products=6,
+    whole=True,
+    outcome=fm.Outcome.COMPLETED,
 )
 CRITICAL = fm.CriticalSharpnessResult(
     value=INF,
@@ -191,8 +197,9 @@ CRITICAL = fm.CriticalSharpnessResult(
     bracket=(0.0, INF),
     update_norm=2.0,
     loss=0.1,
-    steps=(0.5, 1.0),
-    losses=(0.2, INF),
+    along="update",
+    tried_steps=(0.5, 1.0),
+    tried_losses=(0.2, INF),
     gradients=1,
     evaluations=2,
     outcome=fm.Outcome.NO_DESCENT,

@@ -256,8 +256,18 @@ def test_a_loss_that_explodes_keeps_the_best_finite_point():
 def test_a_rise_within_rounding_says_so():
     net, x, y = trained_net(torch.float32)
     objective = fm.Objective(net, nn.CrossEntropyLoss(), (x, y))
-    result = fm.sam_sharpness(objective, rho=1e-7)
-    assert result.outcome in (fm.Outcome.BELOW_ROUNDING, fm.Outcome.NO_ASCENT)
+    for rho in (1e-8, 1e-7, 1e-6):
+        result = fm.sam_sharpness(objective, rho=rho)
+        assert result.outcome is fm.Outcome.BELOW_ROUNDING
+    assert fm.sam_sharpness(objective, rho=1e-2).outcome is fm.Outcome.COMPLETED
+
+
+def test_data_without_examples_have_no_groups():
+    objective = fm.Objective(
+        nn.Linear(1, 1), data=[3, 5], batch_loss=lambda m, b: b * m.weight.sum(), weight=lambda b: 1
+    )
+    with pytest.raises(fm.InvalidArgumentError, match="do not tell what an example is"):
+        fm.sam_sharpness(objective, m=1)
 
 
 def test_seeds_matter_only_where_starts_are_drawn():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ArgumentTypeError, InvalidArgumentError, LossNotScalarError, ShapeError
-from .weights import criterion_function, example_count
+from .weights import criterion_function, criterion_option, example_count
 
 __all__ = ["Metric", "accuracy", "classification_error", "label_count", "metric_value"]
 
@@ -67,23 +68,56 @@ def classification_error(call: str, loss_fn: Any) -> Metric:
     Raises:
         InvalidArgumentError: from the metric itself, the targets are not classes.
     """
-    regresses = isinstance(criterion_function(loss_fn), _REGRESSIONS)
-    regresses = regresses or criterion_function(loss_fn) in _REGRESSION_FUNCTIONS
+    return _ClassificationError(call, loss_fn)
 
-    def error(output: Any, target: Any) -> Tensor:
-        why = ""
+
+class _ClassificationError:
+    def __init__(self, call: str, loss_fn: Any) -> None:
+        function = criterion_function(loss_fn)
+        self._call = call
+        self._regresses = isinstance(function, _REGRESSIONS) or function in _REGRESSION_FUNCTIONS
+        self._logistic = isinstance(function, _LOGISTIC) or function in _LOGISTIC_FUNCTIONS
+        self._probabilities = type(function) is nn.BCELoss or function is F.binary_cross_entropy
+        self._ignored = criterion_option(loss_fn, "ignore_index", -100)
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        """1 − accuracy over the labels that count."""
         if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
-            why = f"the model returns a {type(output).__name__}, not a tensor of class scores"
-        elif not _are_classes(output, target, regresses=regresses):
-            why = f"targets {tuple(target.shape)} of {target.dtype} hold values that are no classes"
-        if why:
-            raise InvalidArgumentError(
-                f"{call}(on='error') counts wrong classes, and this model is no classifier: {why}. "
-                "Use on='loss'."
-            )
-        return 1 - accuracy(output, target)
+            self._refuse(f"the model returns a {type(output).__name__}, not one tensor of scores")
+        shapes = f"outputs {tuple(output.shape)} and targets {tuple(target.shape)}"
+        single = output.dim() < 2 or output.shape[1] == 1
+        wanted = output.shape[:1] + output.shape[2:]
+        if self._regresses and (single or not _sum_to_one(output, target)):
+            self._refuse("its loss is that of a regression")
+        if single:
+            kept = target[target != -100]
+            # A number for each example is as a rule a regression; labels of a logit are 0 and 1.
+            labels = bool(((kept == 0) | (kept == 1)).all())
+            if output.numel() != target.numel() or not (labels or self._logistic):
+                self._refuse(f"{shapes} of {target.dtype} hold values that are no two classes")
+            return 1 - accuracy(output - 0.5 if self._probabilities else output, target)
+        if target.dtype.is_floating_point:
+            if not _sum_to_one(output, target):
+                self._refuse(f"{shapes} of {target.dtype} hold values that are no classes")
+        elif target.shape not in (wanted, (wanted[0], 1, *wanted[1:])):
+            self._refuse(f"{shapes} are not scores (N, C, …) and labels (N, …)")
+        return 1 - accuracy(output, self._known(target))
 
-    return error
+    def count(self, target: Any) -> float | None:
+        """Labels that count."""
+        return label_count(self._known(target) if isinstance(target, Tensor) else target)
+
+    def _known(self, target: Tensor) -> Tensor:
+        """Labels with −100 where the criterion ignores them."""
+        if target.dtype.is_floating_point:
+            return target
+        return torch.where(target == self._ignored, -100, target)
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise InvalidArgumentError(
+            f"{self._call}(on='error') counts wrong classes, and this model is no classifier: "
+            f"{why}. Use on='loss'."
+        )
 
 
 _REGRESSIONS = (
@@ -104,17 +138,13 @@ _REGRESSION_FUNCTIONS = (
 )
 
 
-def _are_classes(output: Tensor, target: Tensor, *, regresses: bool) -> bool:
-    """Whether targets name classes: labels, or for each example its classes' probabilities."""
-    single = output.dim() < 2 or output.shape[1] == 1
-    kept = target[target != -100]
-    if single:
-        # One number for each example is as a rule a regression; a logit has labels of 0 and 1.
-        within = bool(((kept >= 0) & (kept <= 1)).all())
-        return output.numel() == target.numel() and within and not regresses
-    if not target.dtype.is_floating_point:
-        return True
-    if target.shape != output.shape:
+_LOGISTIC = (nn.BCEWithLogitsLoss, nn.BCELoss)
+_LOGISTIC_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy)
+
+
+def _sum_to_one(output: Tensor, target: Tensor) -> bool:
+    """Whether targets are for each example the probabilities of its classes."""
+    if not target.dtype.is_floating_point or target.shape != output.shape:
         return False
     adds_up = (target.sum(dim=1) - 1).abs() <= 1e-3
     return bool((target >= 0).all()) and bool(adds_up.all())

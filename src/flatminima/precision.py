@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["precision_notes", "working_eps"]
+__all__ = ["precision_notes", "resolution", "working_eps"]
 
 SHORT = {"tf32": ("TF32", 2.0**-10), "bf16": ("bfloat16", 2.0**-7)}
 """What products of float32 may be computed in, by PyTorch's name for it, with its precision."""
@@ -96,3 +96,8 @@ def _setting(backend: Any, older: Callable[[], Any], operation: str = "") -> Any
         value = older()
         return {True: "tf32", False: None}.get(value, value)
     return kind
+
+
+def resolution(model: nn.Module, device: torch.device, loss: float) -> float:
+    """Differences from a loss that are as small as that may be its rounding."""
+    return 8 * working_eps(model, device) * abs(loss)

@@ -11,7 +11,15 @@ import torch
 
 from .errors import ArgumentTypeError, InvalidArgumentError
 
-__all__ = ["Seed", "as_generator", "preserved_random_state", "rademacher", "random_state", "reseed"]
+__all__ = [
+    "Seed",
+    "as_generator",
+    "one_seed",
+    "preserved_random_state",
+    "rademacher",
+    "random_state",
+    "reseed",
+]
 
 Seed = int | torch.Generator
 
@@ -37,6 +45,14 @@ def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
     if not -(2**63) <= int(seed) < 2**64:
         raise InvalidArgumentError(f"The 'seed' argument must fit into 64 bits; got {seed!r}.")
     return torch.Generator(device=device).manual_seed(int(seed))
+
+
+def one_seed(seed: Seed, device: torch.device) -> int:
+    """A number from which the same draws can be made again; a generator moves on by one draw."""
+    if not isinstance(seed, torch.Generator):
+        as_generator(seed, device)
+        return int(seed)
+    return int(torch.randint(2**62, (), generator=seed, device=seed.device).item())
 
 
 def rademacher(

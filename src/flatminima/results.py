@@ -41,8 +41,8 @@ class Outcome(enum.Enum):
         "Not converged: the product limit was reached before every pair was found to the tolerance."
     )
     INEXACT_PRODUCTS = (
-        "As far as the products allow: they are differences of gradients, whose estimated error "
-        "is above the tolerance; the residuals include it."
+        "As far as the products allow: they are differences of gradients or outputs, whose "
+        "estimated error is above the tolerance; the error given includes it."
     )
     ITERATION_LIMIT = (
         "Stopped after the given number of iterations, as the metric prescribes; "
@@ -50,7 +50,7 @@ class Outcome(enum.Enum):
     )
     STATIONARY = "The maximiser stopped by itself at a point from which it found no ascent."
     NO_ASCENT = "No evaluated point has a larger loss than the model itself."
-    NO_DESCENT = "The loss does not fall along the update, however short the step."
+    NO_DESCENT = "The loss is lower at no step along the update that was tried."
     UNBOUNDED = "The loss is infinite or NaN at a point of the region; the best finite one is kept."
     BELOW_ROUNDING = (
         "The differences are within the rounding error of the loss; use float64 or a larger step."

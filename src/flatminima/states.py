@@ -127,9 +127,10 @@ class _Means:
 
     def add(self, seen: Evaluated) -> None:
         """One batch, or a piece of one."""
-        count = label_count(seen.target)
-        count = seen.batch.weight if count is None else count
         for name, metric in self._metrics.items():
+            # A metric may say itself over how many labels it is a mean.
+            count = getattr(metric, "count", label_count)(seen.target)
+            count = seen.batch.weight if count is None else count
             if count > 0:
                 value = metric_value(name, metric(seen.output, seen.target))
                 self._sums[name] += count * value

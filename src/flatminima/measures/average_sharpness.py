@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..checks import check_integer, check_positive
+from ..errors import ConvergenceError, ConvergenceWarning, warn
 from ..estimators.probes import spread
 from ..estimators.stopping import check_rtol, conclude, ended, looks, settled
 from ..objective import Objective, check_objective
-from ..precision import precision_notes
+from ..precision import precision_notes, resolution
 from ..progress import progress_bar
 from ..randomness import Seed
 from ..results import Outcome, Table, format_number
@@ -34,7 +36,9 @@ class AverageSharpnessResult(MeasureResult):
 
     Attributes:
         value: E L(θ + σ c ⊙ z) − L(θ).
-        standard_error: of `value`, from the spread of the pairs.
+        standard_error: of `value`, from the spread of the pairs and the rounding of L(θ), which
+            all of them share.
+        resolution: values as small as that may be rounding of the loss.
         loss: L(θ).
         sigma: σ.
         adaptive: whether c = |θ|.
@@ -58,6 +62,7 @@ class AverageSharpnessResult(MeasureResult):
 
     value: float
     standard_error: float
+    resolution: float
     loss: float
     sigma: float
     adaptive: bool
@@ -129,7 +134,7 @@ def average_sharpness(
         normalize_logits: divide the logits of each example by their standard deviation first, for
             cross-entropy: without it a classifier that is surer of the same labels looks flatter
             (Andriushchenko et al. 2023, section 3).
-        strict: raise instead of warn when the limit comes before `rtol` is reached.
+        strict: raise instead of warn when `rtol` is not reached.
         seed: of the draws.
         progress: show a bar if it takes long.
 
@@ -167,6 +172,7 @@ def average_sharpness(
     if normalize_logits:
         objective = with_normalized_logits(call, objective)
     loss = objective.loss()
+    smallest = resolution(objective.model, objective.device, loss)
     draws = Noise(objective, scale, seed).draws(limit)
 
     def pairs(count: int) -> Iterator[Tensor]:
@@ -184,17 +190,19 @@ def average_sharpness(
             losses = torch.tensor(found, dtype=torch.float64)
             rises = torch.cat([rises, losses.view(-1, 2).mean(dim=1) - loss])
             value, error = map(float, spread(rises))
+            error = math.hypot(error, smallest / 4)
             if rtol is not None and settled(value, error, count, rtol):
                 done = True
                 break
     outcome = ended(exact=False, done=done, rtol=rtol)
     if not torch.isfinite(rises).all():
         outcome = Outcome.NON_FINITE_POINTS
-    elif bool((rises.abs() <= 2 * torch.finfo(objective.dtype).eps * abs(loss)).all()):
+    elif abs(value) <= smallest:
         outcome = Outcome.BELOW_ROUNDING
     result = AverageSharpnessResult(
         value=value,
         standard_error=error,
+        resolution=smallest,
         loss=loss,
         sigma=sigma,
         adaptive=adaptive,
@@ -206,4 +214,9 @@ def average_sharpness(
         notes=precision_notes(objective.model, objective.device),
     )
     told = f"{value:.4g} ± {error:.2g}"
+    if rtol is not None and outcome.doubtful and outcome is not Outcome.ABOVE_RTOL:
+        message = f"{call}: the error is not known to be within rtol={rtol:g}. {outcome.value}"
+        if strict:
+            raise ConvergenceError(message, result)
+        warn(message, ConvergenceWarning)
     return conclude(call, result, told, rtol, spent=len(rises), unit="samples", strict=strict)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_positive
 from ..errors import InvalidArgumentError, ShapeError, StateMismatchError, closest
 from ..objective import Objective, check_objective
-from ..precision import precision_notes
+from ..precision import precision_notes, resolution
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
 from ..results import Outcome, Table, format_number
@@ -33,18 +33,21 @@ class CriticalSharpnessResult(MeasureResult):
 
     Attributes:
         value: 2 / η.
-        error: half of what lies between 2 / η at both ends of the last bracket.
+        error: half of what lies between 2 / η at both ends of the last bracket, and what rounding
+            of the loss can move it by, judged by how far the loss falls.
         step: η, the middle of the last bracket, a multiple of the update.
         bracket: the longest step after which the loss was lower, and the shortest after which it
             was not.
         update_norm: ‖u‖₂.
         loss: L(θ).
-        steps: every η that was tried, ascending.
-        losses: L(θ + η u) at each.
+        along: "gradient" or "update", as given.
+        tried_steps: every η that was tried, ascending.
+        tried_losses: L(θ + η u) at each.
         gradients: evaluations of loss and gradient: 1 where the update is minus the gradient.
         evaluations: of the loss alone.
         outcome: completed; not reached, when the loss is lower at the longest step that was tried;
-            or no descent, when it is at none.
+            below rounding, when it falls by no more than its rounding; or no descent, when it is
+            lower at no step along an update that was given.
         readings: how often the data were read anew for it; 0 where they are kept on the device.
         notes: what a reader should know about how it was computed.
 
@@ -65,8 +68,9 @@ class CriticalSharpnessResult(MeasureResult):
     bracket: tuple[float, ...]
     update_norm: float
     loss: float
-    steps: tuple[float, ...]
-    losses: tuple[float, ...]
+    along: str
+    tried_steps: tuple[float, ...]
+    tried_losses: tuple[float, ...]
     gradients: int
     evaluations: int
     outcome: Outcome
@@ -78,7 +82,8 @@ class CriticalSharpnessResult(MeasureResult):
         cost = f"{counted(self.gradients, 'gradient')}, " if self.gradients else ""
         cost += counted(self.evaluations, "loss")
         error = self.error if math.isfinite(self.error) else None
-        return self._line("critical sharpness 2/η", cost, error, "bracket")
+        name = "critical sharpness 2/η" + (", update given" if self.along == "update" else "")
+        return self._line(name, cost, error, "bracket")
 
     def _table(self) -> Table:
         return Table(
@@ -192,16 +197,25 @@ def critical_sharpness(
         critical, outcome = low, Outcome.NOT_REACHED
     else:
         critical = math.sqrt(low * high)
-    found = outcome is Outcome.COMPLETED
+    error = 1 / low - 1 / high if outcome is Outcome.COMPLETED else math.nan
+    depth = loss - min(tried.values(), default=loss)
+    if outcome is Outcome.COMPLETED:
+        # On a parabola a shift of the loss by r moves its end by r / 4 depth, relatively.
+        shift = resolution(objective.model, objective.device, loss) / 4 / (4 * depth)
+        error = math.hypot(error, 2 / critical * shift)
+        outcome = Outcome.BELOW_ROUNDING if shift > 0.1 else outcome
+    elif outcome is Outcome.NO_DESCENT and update is None:
+        outcome = Outcome.BELOW_ROUNDING
     return CriticalSharpnessResult(
         value=2 / critical if critical else math.inf,
-        error=1 / low - 1 / high if found else math.nan,
+        error=error,
         step=critical,
         bracket=(low, high),
         update_norm=length,
         loss=loss,
-        steps=tuple(sorted(tried)),
-        losses=tuple(tried[s] for s in sorted(tried)),
+        along="gradient" if update is None else "update",
+        tried_steps=tuple(sorted(tried)),
+        tried_losses=tuple(tried[s] for s in sorted(tried)),
         gradients=int(update is None),
         evaluations=len(tried) + int(update is not None),
         outcome=outcome,

@@ -39,7 +39,7 @@ class LocalEnergyResult(MeasureResult):
         base: the error, or the loss, at θ.
         samples: draws of z, the same at every σ.
         evaluations: passes over the data.
-        outcome: completed, or completed with values that are not finite.
+        outcome: completed, or completed with values that are not finite or all within rounding.
         readings: how often the data were read anew for it; 0 where they are kept on the device.
         notes: what a reader should know about how it was computed.
 
@@ -69,7 +69,10 @@ class LocalEnergyResult(MeasureResult):
     @property
     def name(self) -> str:
         """With its settings."""
-        return f"local energy ({self.on}), σ ≤ {self.sigmas[-1]:g}"
+        sizes = f"≤ {self.sigmas[-1]:g}"
+        if self.sigmas != SIGMAS:
+            sizes = "= " + ", ".join(f"{s:g}" for s in self.sigmas)
+        return f"local energy ({self.on}), σ {sizes}"
 
     def measurements(self) -> tuple[Measurement, ...]:
         """One line."""
@@ -146,7 +149,11 @@ def local_energy(
     weights = (steps + np.append(steps[1:], 0.0)) / 2 / sizes[-1]
     value, error = (float(part) for part in spread(torch.from_numpy(weights @ rises)))
     means, errors = spread(torch.from_numpy(rises.T))
-    finite = bool(np.isfinite(rises).all())
+    outcome = Outcome.COMPLETED
+    if not np.isfinite(rises).all():
+        outcome = Outcome.NON_FINITE_POINTS
+    elif np.abs(rises).max() <= rise.resolution:
+        outcome = Outcome.BELOW_ROUNDING
     return LocalEnergyResult(
         value=value,
         standard_error=error,
@@ -157,7 +164,7 @@ def local_energy(
         base=rise.base,
         samples=samples,
         evaluations=rise.evaluations,
-        outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
+        outcome=outcome,
         readings=objective.batches.readings - before,
         notes=precision_notes(objective.model, objective.device),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,9 +12,10 @@ from ..checks import check_choice
 from ..errors import InvalidArgumentError
 from ..metrics import Metric, classification_error
 from ..objective import Objective
-from ..randomness import Seed, as_generator
+from ..precision import resolution
+from ..randomness import Seed, one_seed
 
-__all__ = ["Noise", "NoisyRise", "magnitudes", "one_seed"]
+__all__ = ["Noise", "NoisyRise", "magnitudes"]
 
 
 def magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | None:
@@ -36,14 +38,6 @@ def magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | N
             f"{'it' if len(dead) == 1 else 'them'} out with params=, or take an absolute measure."
         )
     return sizes
-
-
-def one_seed(seed: Seed, device: torch.device) -> int:
-    """A number from which the same draws can be made again; a generator moves on by one draw."""
-    if not isinstance(seed, torch.Generator):
-        as_generator(seed, device)
-        return int(seed)
-    return int(torch.randint(2**62, (), generator=seed, device=seed.device).item())
 
 
 class Noise:
@@ -85,6 +79,7 @@ class NoisyRise:
 
     Attributes:
         base: the error, or the loss, at θ.
+        resolution: rises as small as that may be rounding of the loss.
         evaluations: passes over the data so far.
     """
 
@@ -109,11 +104,15 @@ class NoisyRise:
                     "show; give the objective loss_fn=, or use on='loss'."
                 )
             self._metrics["error"] = classification_error(call, objective.loss_fn)
-        # A loss that is not finite at θ is an error.
-        self.base = objective.loss()
-        if self._metrics:
-            self.base = objective.evaluate_state({}, self._metrics)[1]["error"]
-        self.evaluations = 1 + len(self._metrics)
+        loss, metrics = objective.evaluate_state({}, self._metrics)
+        if not math.isfinite(loss):
+            objective.loss()  # which raises, with the batch
+        self.base = metrics.get("error", loss)
+        self.evaluations = 1
+        # Errors are counted, and so exact.
+        self.resolution = (
+            0.0 if self._metrics else resolution(objective.model, objective.device, loss)
+        )
 
     def at(self, sigma: float, tell: Callable[[], object]) -> Tensor:
         """The rise of each draw at σ, shape (samples,) in float64; `tell` is called for each."""

@@ -24,7 +24,8 @@ from .result import Measurement, MeasureResult
 __all__ = ["PacBayesResult", "pac_bayes_sharpness"]
 
 DOUBLINGS, HALVINGS = 12, 30
-"""From the first σ: beyond 400 times the size of the parameters these hardly count any more."""
+"""From the first σ. Beyond 400 times the size of the parameters these hardly count any more, so
+that the error rises no further; towards zero there is no such end."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +48,8 @@ class PacBayesResult(MeasureResult):
         sigmas: every σ that was tried, ascending.
         rises: the mean rise at each.
         evaluations: passes over the data.
-        outcome: completed; or not reached, when no σ tried was too large, or none small enough.
+        outcome: completed; not reached, when no σ tried was too large, or none small enough; or
+            below rounding, when the target is no more than the rounding of the loss.
         readings: how often the data were read anew for it; 0 where they are kept on the device.
         notes: what a reader should know about how it was computed.
 
@@ -191,6 +193,9 @@ def pac_bayes_sharpness(
     # Where none was small enough, the smallest is what σ lies below.
     sigma = low if low > 0 else high
     error = _error(tried, sigma, target) if reached else math.nan
+    outcome = Outcome.COMPLETED if reached else Outcome.NOT_REACHED
+    if target <= rise.resolution:
+        outcome = Outcome.BELOW_ROUNDING
     return PacBayesResult(
         value=sigma**-2,
         standard_error=2 * error / sigma**3,
@@ -206,7 +211,7 @@ def pac_bayes_sharpness(
         sigmas=tuple(sigmas),
         rises=tuple(_mean(tried[s]) for s in sigmas),
         evaluations=rise.evaluations,
-        outcome=Outcome.COMPLETED if reached else Outcome.NOT_REACHED,
+        outcome=outcome,
         readings=objective.batches.readings - before,
         notes=precision_notes(objective.model, objective.device),
     )

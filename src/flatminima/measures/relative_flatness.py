@@ -75,10 +75,11 @@ class RelativeFlatnessResult(MeasureResult):
 
     Attributes:
         value: the sum over the layers.
-        standard_error: of `value`.
+        standard_error: of `value`; where products are differences, with what they may be off by.
         layers: one for each weight matrix, in the model's order.
         products: with the Hessian, in all.
-        outcome: exact where all layers are, or completed.
+        whole: whether these are all weight matrices among the parameters.
+        outcome: exact where all layers are, completed, or as far as the products allow.
         readings: how often the data were read anew for it; 0 where they are kept on the device.
         notes: what a reader should know about how it was computed.
 
@@ -95,6 +96,7 @@ class RelativeFlatnessResult(MeasureResult):
     standard_error: float
     layers: tuple[LayerFlatness, ...]
     products: int
+    whole: bool
     outcome: Outcome
     readings: int = 0
     notes: tuple[str, ...] = ()
@@ -102,7 +104,10 @@ class RelativeFlatnessResult(MeasureResult):
     def measurements(self) -> tuple[Measurement, ...]:
         """The sum, as one line."""
         cost = f"{self.products} products"
-        return self._line("relative flatness", cost, self.standard_error, "standard error")
+        name = "relative flatness"
+        if not self.whole:
+            name += " of " + ", ".join(layer.name for layer in self.layers)
+        return self._line(name, cost, self.standard_error, "standard error")
 
     def _table(self) -> Table:
         error = format_number(self.standard_error, 2)
@@ -137,7 +142,8 @@ def relative_flatness(
         objective: what is differentiated.
         layers: glob patterns on the names of weights; all selected parameters of two dimensions
             and more unless told. Filters are the rows of convolutions, and of embeddings and
-            transposed convolutions it is the second dimension that counts the neurons.
+            transposed convolutions it is the second dimension that counts the neurons; a tied
+            weight is read as its first owner reads it.
         products: with the Hessian for each layer, 4 at least.
         seed: of the random vectors.
         progress: show a bar if it takes long.
@@ -170,8 +176,10 @@ def relative_flatness(
             f"{call} needs weight matrices, and no selected parameter has two dimensions; select "
             "them with params= of the objective."
         )
+    every = set(weights)
     if layers is not None:
         weights = matching(list(weights.items()), layers)
+    whole = set(weights) == every
     before = objective.batches.readings
     hessian = HessianOperator(objective)
     found = []
@@ -189,19 +197,24 @@ def relative_flatness(
                     rows=rows,
                     columns=columns,
                     value=estimate.value,
-                    standard_error=estimate.standard_error,
+                    # A trace of n products, each off by so much at most.
+                    standard_error=math.hypot(
+                        estimate.standard_error, operator.error * operator.shape[0]
+                    ),
                     products=estimate.products,
-                    outcome=estimate.outcome,
+                    outcome=Outcome.INEXACT_PRODUCTS if operator.error else estimate.outcome,
                 )
             )
             bar.update()
-    exact = all(layer.outcome is Outcome.EXACT for layer in found)
+    outcomes = [layer.outcome for layer in found]
+    outcome = next((o for o in outcomes if o is not Outcome.EXACT), Outcome.EXACT)
     return RelativeFlatnessResult(
         value=math.fsum(layer.value for layer in found),
         standard_error=math.hypot(*(layer.standard_error for layer in found)),
         layers=tuple(found),
         products=sum(layer.products for layer in found),
-        outcome=Outcome.EXACT if exact else Outcome.COMPLETED,
+        whole=whole,
+        outcome=outcome,
         readings=objective.batches.readings - before,
         notes=((hessian.reason,) if hessian.reason else ()) + hessian.notes,
     )

@@ -30,7 +30,8 @@ class Measurement(Result):
         name: of the measure, with its settings.
         value: the number.
         error: its uncertainty, where it has one.
-        error_kind: what `error` is: "residual", "standard error", "std", "bracket" or "".
+        error_kind: what `error` is: "residual", "standard error", "std", "bracket",
+            "differences" or "".
         outcome: how the computation ended; None for a plain evaluation.
         cost: what it took.
 

@@ -7,14 +7,13 @@ import dataclasses
 import math
 from collections.abc import Generator
 
-import torch
 from torch import Tensor
 
 from ..checks import check_integer, check_positive
 from ..errors import FlatMinimaError, InvalidArgumentError
 from ..objective import Objective, check_objective
 from ..optimize.ball import BallMaximum, maximize_over_ball
-from ..precision import precision_notes
+from ..precision import precision_notes, resolution
 from ..progress import progress_bar
 from ..randomness import Seed, as_generator
 from ..results import Outcome, Table, format_number
@@ -42,7 +41,7 @@ class SamSharpnessResult(MeasureResult):
         groups: how many.
         normalize_logits: whether the loss was that of normalised logits.
         gradients: evaluations of loss and gradient; with m of single groups.
-        losses: evaluations of the loss alone, likewise, beside the one at θ on all data.
+        losses: evaluations of the loss alone, likewise.
         outcome: completed for one step; else why the ascent stopped. With m the first doubtful one
             of the groups, or else the most frequent.
         displacement: δ of the maximum, shape (n,), when asked for.
@@ -188,6 +187,11 @@ def sam_sharpness(
     check_integer(call, "steps", steps, low=1)
     check_integer(call, "restarts", restarts, low=0)
     if m is not None:
+        if objective.examples == 0:
+            raise InvalidArgumentError(
+                f"{call}(m=...) needs examples to form groups of, and these data do not tell what "
+                "an example is: their tensors have no first dimension in common."
+            )
         m = check_integer(call, "m", m, low=1, high=objective.examples)
         if return_displacement:
             raise InvalidArgumentError(
@@ -199,7 +203,6 @@ def sam_sharpness(
     batches = objective.batches
     if normalize_logits:
         objective = with_normalized_logits(call, objective)
-    loss = objective.loss()
     generator = as_generator(seed, objective.device)
     found: list[tuple[float, BallMaximum]] = []
     with (
@@ -238,13 +241,16 @@ def sam_sharpness(
             found.append((part.batches.total_weight, maximum))
     total = math.fsum(weight for weight, _ in found)
     value = math.fsum(w * (best.value - best.start) for w, best in found) / total
+    loss = math.fsum(w * best.start for w, best in found) / total
+    first_order = math.fsum(w * best.first_order for w, best in found) / total
     outcome = _outcome([best.outcome for _, best in found])
-    if 0 < value <= 4 * torch.finfo(objective.dtype).eps * abs(loss):
+    smallest = resolution(objective.model, objective.device, loss)
+    if 0 < value <= smallest or (0 < first_order <= smallest and value == 0):
         outcome = Outcome.BELOW_ROUNDING
     return SamSharpnessResult(
         value=value,
         loss=loss,
-        first_order=math.fsum(w * best.first_order for w, best in found) / total,
+        first_order=first_order,
         rho=rho,
         norm=float(norm),
         steps=steps,

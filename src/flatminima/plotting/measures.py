@@ -11,6 +11,7 @@ from ..measures.critical_sharpness import CriticalSharpnessResult
 from ..measures.local_energy import LocalEnergyResult
 from ..measures.pac_bayes_sharpness import PacBayesResult
 from ..report.invariance import InvarianceTable
+from ..results import Outcome
 from .axes import BLUE, GREY, SERIES, VERMILLION, finite, label_few_decades, new_axis
 
 __all__ = ["draw_critical", "draw_invariance", "draw_local_energy", "draw_pac_bayes"]
@@ -46,7 +47,7 @@ def draw_pac_bayes(result: PacBayesResult, ax: Axes | None) -> Axes:
         color=GREY,
         fontsize="small",
     )
-    if math.isfinite(result.upper):
+    if result.outcome is not Outcome.NOT_REACHED:
         label = f"σ = {result.sigma:.3g}"
         axis.axvline(result.sigma, color=VERMILLION, linewidth=1, label=label)
         if math.isfinite(result.sigma_error):
@@ -64,7 +65,7 @@ def draw_pac_bayes(result: PacBayesResult, ax: Axes | None) -> Axes:
 def draw_critical(result: CriticalSharpnessResult, ax: Axes | None) -> Axes:
     """The loss at every step that was tried, that at θ, and the critical step."""
     axis = new_axis(ax, 5.0, 3.4)
-    axis.plot(result.steps, finite(result.losses), color=BLUE, marker="o", markersize=3)
+    axis.plot(result.tried_steps, finite(result.tried_losses), color=BLUE, marker="o", markersize=3)
     axis.axhline(result.loss, color=GREY, linewidth=0.8, zorder=0)
     axis.annotate(
         "L(θ)",
@@ -91,10 +92,22 @@ def draw_invariance(result: InvarianceTable, ax: Axes | None) -> Axes:
     axis = new_axis(ax, 7.0, 1.2 + 0.27 * len(result.measures))
     places = np.arange(len(result.measures))
     kinds = list(result.ratios)
+    known = [abs(r) for ratios in result.ratios.values() for r in ratios if math.isfinite(r)]
+    most = 3 * max([1.0, *known])
     for number, (kind, color) in enumerate(zip(kinds, SERIES, strict=False)):
-        # Ratios of zero to zero are unchanged; of other signs only the size can be shown.
+        # Ratios of zero to zero are unchanged; of other signs only the size can be shown, and
+        # infinite ones at the end of the axis.
         raw = [1.0 if math.isnan(r) else abs(r) for r in result.ratios[kind]]
-        ratios = np.array([r if 0 < r < math.inf else math.nan for r in raw])
+        ratios = np.array([r if r > 0 else math.nan for r in raw])
+        endless = np.isinf(ratios)
+        ratios[endless] = most
+        axis.plot(
+            ratios[endless],
+            (places + 0.25 * (number - (len(kinds) - 1) / 2))[endless],
+            ">",
+            color=color,
+            markersize=7,
+        )
         at = places + 0.25 * (number - (len(kinds) - 1) / 2)
         axis.hlines(at, 1, ratios, color=color, linewidth=1.5)
         axis.plot(ratios, at, "o", color=color, markersize=4, label=f"per {kind}")

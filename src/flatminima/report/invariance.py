@@ -12,8 +12,7 @@ from torch import nn
 
 from ..checks import check_choice, check_positive
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..measures.noise import one_seed
-from ..randomness import Seed
+from ..randomness import Seed, one_seed
 from ..rescaling import rescale
 from ..results import Result, Table, format_number
 from .family import Options
@@ -170,23 +169,28 @@ def invariance_table(
         )
 
     base = measured(model)
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
     reports: dict[str, SharpnessReport] = {kind: measured(net) for kind, net in models.items()}
     for name, report in reports.items():
-        _check_same(call, name, base, report, next(model.parameters()).dtype)
+        _check_same(call, name, base, report, eps)
     lines = {m.name: m for m in base.measurements()}
     others = {kind: {m.name: m for m in r.measurements()} for kind, r in reports.items()}
     shared = [n for n in lines if all(n in found for found in others.values())]
+    dropped = [name for name in lines if name not in shared]
     values = tuple(lines[name].value for name in shared)
     after = {kind: tuple(found[n].value for n in shared) for kind, found in others.items()}
+    notes = dict.fromkeys(note for r in (base, *reports.values()) for note in r.notes)
+    if dropped:
+        notes[f"Not to be had after rescaling, and left out: {', '.join(dropped)}."] = None
     return InvarianceTable(
         measures=tuple(shared),
         values=values,
         rescaled=after,
         ratios={kind: tuple(map(_ratio, found, values)) for kind, found in after.items()},
         factor=factor,
-        loss_change=max(abs(_ratio(r.loss, base.loss) - 1) for r in reports.values()),
+        loss_change=max(_change(r.loss, base.loss) for r in reports.values()),
         tolerance=tolerance,
-        notes=base.notes + _doubts(lines, others),
+        notes=(*notes, *_doubts(lines, others)),
     )
 
 
@@ -196,10 +200,15 @@ def _ratio(after: float, before: float) -> float:
     return after / before
 
 
+def _change(after: float, before: float) -> float:
+    """Relative; absolute from zero."""
+    return abs(after - before) / (abs(before) or 1.0)
+
+
 def _check_same(
-    call: str, kind: str, base: SharpnessReport, report: SharpnessReport, dtype: torch.dtype
+    call: str, kind: str, base: SharpnessReport, report: SharpnessReport, eps: float
 ) -> None:
-    rounding = 1e4 * torch.finfo(dtype).eps * max(abs(base.loss), 1.0)
+    rounding = 1e4 * eps * max(abs(base.loss), 1.0)
     if abs(report.loss - base.loss) > rounding:
         raise InvalidArgumentError(
             f"{call}: after rescaling per {kind} the loss is {report.loss:.6g} instead of "

@@ -40,7 +40,8 @@ class SharpnessReport(Result):
         gauss_newton_trace: of the Gauss–Newton matrix.
         density: of the eigenvalues of the Hessian, those of `largest` and `smallest` taken out
             first.
-        results: of the other measures that were asked for, by name, one for each of its settings.
+        results: of all measures that are functions of an objective, by name, one for each of their
+            settings; `epsilon_sharpness` and `random_sharpness` are among them.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -77,10 +78,12 @@ class SharpnessReport(Result):
             lines.append(
                 Measurement("gradient norm ‖∇L‖", self.gradient_norm, None, "", None, "1 gradient")
             )
-        for result in self.epsilon_sharpness:
-            lines += result.measurements()
+        first: dict[str, tuple[MeasureResult, ...]] = {"epsilon_sharpness": self.epsilon_sharpness}
         if self.random_sharpness is not None:
-            lines += self.random_sharpness.measurements()
+            first["random_sharpness"] = (self.random_sharpness,)
+        for results in first.values():
+            for result in results:
+                lines += result.measurements()
         if self.largest is not None:
             cost = f"{self.largest.products} products"
             lines += _eigen_lines(self.largest, "λ{} largest eigenvalue", cost)
@@ -107,8 +110,8 @@ class SharpnessReport(Result):
             trace = self.gauss_newton_trace
             name, cost = "trace of the Gauss–Newton matrix", f"{trace.products} products"
             lines.append(_estimate_line(name, trace, trace.outcome, cost))
-        for others in self.results.values():
-            for other in others:
+        for name, others in self.results.items():
+            for other in others if name not in first else ():
                 lines += other.measurements()
         return tuple(_told_apart(lines))
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from ..checks import check_integer
 from ..eigen.lanczos import lanczos
-from ..errors import FlatMinimaWarning, InvalidArgumentError
+from ..errors import FlatMinimaWarning, InvalidArgumentError, NotPositiveDefiniteError
 from ..estimators.spectral_density import spectral_density
 from ..estimators.trace import trace
 from ..measures.gradient_norm import gradient_norm
-from ..measures.noise import one_seed
 from ..measures.result import MeasureResult
 from ..modules import drops
 from ..objective import Objective
@@ -24,7 +23,7 @@ from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.hessian import HessianOperator
 from ..pieces import Microbatch
 from ..progress import progress_bar
-from ..randomness import Seed
+from ..randomness import Seed, one_seed
 from ..vectors import Selection
 from .family import FAMILY, Options, chosen_measures
 from .result import SharpnessReport
@@ -181,7 +180,7 @@ def sharpness(
             options = _fitted(name, options, objective, samples)
             try:
                 found.append(function(objective, **options, **shared))
-            except InvalidArgumentError as error:
+            except (InvalidArgumentError, NotPositiveDefiniteError) as error:
                 if not lenient:
                     raise
                 settings = ", ".join(f"{key}={value!r}" for key, value in options.items())
@@ -197,13 +196,10 @@ def sharpness(
             return _spectrum(hessian, count, density="density" in chosen, **shared)
         if name == "trace":
             return {name: trace(hessian, products=trace_products, **shared)}
-        found = family(name)
+        results[name] = found = family(name)
         if name == "epsilon_sharpness":
             return {name: found}
-        if name == "random_sharpness" and len(found) == 1:
-            return {name: found[0]}
-        results[name] = found
-        return {}
+        return {name: found[0]} if name == "random_sharpness" and len(found) == 1 else {}
 
     results: dict[str, tuple[MeasureResult, ...]] = {}
     fields: dict[str, Any] = dict.fromkeys(
@@ -248,7 +244,7 @@ def _fitted(name: str, options: Options, objective: Objective, samples: int) -> 
     """Options as this objective can have them, where they are the standard ones."""
     fitted = dict(options)
     for option in ("subspace", "outliers"):
-        if option in fitted and options in FAMILY[name][1]:
+        if option in fitted and any(options is standard for standard in FAMILY[name][1]):
             fitted[option] = min(fitted[option], objective.size)
     if name == "random_sharpness":
         fitted.setdefault("samples", samples)
