@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 import flatminima as fm
+from flatminima.landscape.buffers import recomputed_buffers
 from integrity import untouched
 from zoo import build, matrix_with_spectrum, quadratic_case
 
@@ -511,3 +512,300 @@ def test_model_in_place_of_an_objective_is_refused_with_advice():
     model = nn.Linear(2, 1)
     with pytest.raises(fm.ArgumentTypeError, match=r"fm\.Objective\(model, loss_fn, data\)"):
         fm.interpolate(model, model, model)
+
+
+# ------------------------------------------------------------------------------------- barriers
+
+
+def curve_of(losses, alphas, metrics=None) -> fm.Interpolation:
+    return fm.Interpolation(
+        alphas=tuple(map(float, alphas)),
+        curves={"train": fm.Curve(tuple(map(float, losses)), metrics or {})},
+        path="linear",
+        buffers="interpolate",
+        evaluations=len(losses),
+        outcome=fm.Outcome.COMPLETED,
+    )
+
+
+def test_barrier_of_a_parabola_is_an_eighth_of_its_curvature_in_the_middle():
+    objective, one, two, value = quadratic_ends()
+    # L on the line has the second derivative dᵀAd, which bends it below the chord; turned over,
+    # above it.
+    turned = fm.Objective(
+        objective.model,
+        data=[torch.zeros(1, dtype=torch.float64)],
+        batch_loss=lambda model, batch: -objective.criterion(model, batch),
+    )
+    found = fm.interpolate(turned, one, two, alphas=torch.linspace(-1, 2, 13)).barrier()
+    second = 4 * (value(one) + value(two) - 2 * value((one + two) / 2))
+    assert second > 0
+    assert found.height == pytest.approx(second / 8, rel=1e-12)
+    assert found.alpha == 0.5
+    assert (found.quantity, found.curve) == ("loss", "train")
+
+
+@pytest.mark.parametrize("slope", [-3.0, 0.0, 0.1])
+def test_barrier_is_the_height_above_the_chord_wherever_that_is(slope):
+    alphas = [i / 20 for i in range(-20, 41)]
+    # Beside the chord, α (1 − α)² has its maximum 4/27 at 1/3; outside [0, 1] it is larger.
+    losses = [7 + slope * a + a * (1 - a) ** 2 for a in alphas]
+    found = curve_of(losses, alphas).barrier()
+    best = max(a * (1 - a) ** 2 for a in alphas if 0 <= a <= 1)
+    assert found.height == pytest.approx(best, rel=1e-12)
+    assert found.alpha == 0.35
+    assert best == pytest.approx(4 / 27, rel=0.01)
+
+
+def test_path_below_its_chord_has_no_barrier():
+    found = curve_of([1.0, 0.2, 3.0], [0, 0.5, 1]).barrier()
+    assert (found.height, found.alpha) == (0.0, 0.0)
+    assert curve_of([0.1] * 5, [0, 0.1, 0.3, 0.7, 1]).barrier().height == 0.0
+    assert curve_of([0.3, 0.1], [1, 0]).barrier().height == 0.0
+
+
+def test_barrier_of_a_metric_is_its_fall_below_the_chord():
+    curve = curve_of([1, 1, 1, 1], [1, 0.75, 0, 0.5], {"accuracy": (0.9, 0.2, 0.7, 0.6)})
+    found = curve.barrier(metric="accuracy")
+    assert found.height == pytest.approx(0.85 - 0.2)
+    assert (found.alpha, found.quantity) == (0.75, "accuracy")
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_values_that_are_not_finite_are_an_infinite_barrier(bad, place):
+    losses = [1.0, 9.0, 2.0, 1.0]
+    losses[place] = bad
+    found = curve_of(losses, [0, 0.25, 0.5, 1]).barrier()
+    assert (found.height, found.alpha) == (math.inf, [0, 0.25, 0.5, 1][place])
+
+
+def test_values_outside_of_the_ends_are_no_barrier():
+    found = curve_of([math.inf, 1.0, 1.5, 1.0, math.nan], [-0.1, 0, 0.5, 1, 1.1]).barrier()
+    assert (found.height, found.alpha) == (0.5, 0.5)
+
+
+def test_barrier_is_read_off_any_curve_and_said_in_the_table():
+    case = build("conv_batch_norm")
+    start, end = ends(case)
+    test = fm.Objective(copy.deepcopy(case.model), case.loss_fn, case.batches[:1])
+    curve = fm.interpolate(
+        case.objective(),
+        *(start, end),
+        alphas=[0, 0.5, 1],
+        metrics={"accuracy": fm.accuracy},
+        also={"test": test},
+    )
+    losses = curve.curves["test"].loss
+    expected = max(0.0, losses[1] - (losses[0] + losses[2]) / 2)
+    assert curve.barrier("test").height == pytest.approx(expected, rel=1e-9)
+    assert "Barrier above the chord from α = 0 to 1" in repr(curve)
+    for name in ("train loss", "train accuracy", "test loss", "test accuracy"):
+        assert f"{name} " in repr(curve).split("Barrier above")[1]
+    assert "Barrier" not in repr(curve_of([1, 1], [0, 1]))
+    assert "Barrier" not in repr(curve_of([1, 1], [0, 0.5]))
+
+
+def test_barrier_goes_to_json_and_prints_itself():
+    found = curve_of([1.0, 3.0, 1.0], [0, 0.5, 1]).barrier()
+    assert type(found).from_json(found.to_json()) == found
+    assert "train loss" in repr(found)
+
+
+@pytest.mark.parametrize("alphas", [[0, 0.5], [0.5, 1], [-1, 2]])
+def test_barrier_without_both_ends_is_refused(alphas):
+    with pytest.raises(fm.InvalidArgumentError, match="needs the values at α = 0 and α = 1"):
+        curve_of([1, 1], alphas).barrier()
+
+
+def test_barrier_of_what_is_not_there_is_refused():
+    plain = curve_of([1, 1], [0, 1])
+    judged = curve_of([1, 1], [0, 1], {"accuracy": (0.5, 0.5)})
+    with pytest.raises(fm.InvalidArgumentError, match="'curve' argument"):
+        plain.barrier("test")
+    with pytest.raises(fm.InvalidArgumentError, match="has no metrics"):
+        plain.barrier(metric="accuracy")
+    with pytest.raises(fm.InvalidArgumentError, match="Did you mean 'accuracy'"):
+        judged.barrier(metric="acuracy")
+
+
+# ----------------------------------------------------------------------------- recomputed buffers
+
+
+def updated(model: nn.Module, batches) -> nn.Module:
+    """A copy after `update_bn` of torch, with dropout left out."""
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    torch.optim.swa_utils.update_bn([x for x, _ in batches], other)
+    return other
+
+
+def equal_batches(case, count: int = 4, size: int = 6):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.cat([b[0] for b in case.batches])
+    y = torch.cat([b[1] for b in case.batches])
+    picks = torch.randint(len(x), (count, size), generator=generator)
+    noise = torch.rand(count, size, *x.shape[1:], generator=generator, dtype=x.dtype)
+    return [(x[p] + n, y[p]) for p, n in zip(picks, noise, strict=True)]
+
+
+def deep_norms(dtype=torch.float64) -> nn.Module:
+    generator = torch.Generator().manual_seed(7)
+    model = nn.Sequential(
+        *(nn.BatchNorm1d(3), nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False, momentum=0.01), nn.Linear(4, 2)),
+    )
+    for p in model.parameters():
+        p.data.normal_(generator=generator)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("mode", ["eval", "keep"])
+@pytest.mark.parametrize("name", ["mlp_batch_norm_dropout", "conv_batch_norm"])
+def test_recomputed_statistics_are_those_of_update_bn(name, mode):
+    case = build(name)
+    batches = equal_batches(case)
+    other = jittered(case.model, 3)
+    objective = fm.Objective(case.model.eval(), case.loss_fn, batches, mode=mode)
+    found = recomputed_buffers(objective, dict(other.state_dict()))
+    expected = dict(updated(other, batches).named_buffers())
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert value.dtype == expected[key].dtype
+        assert torch.allclose(value, expected[key], rtol=1e-12, atol=1e-14), key
+
+
+def test_statistics_of_deeper_layers_are_those_behind_normalised_batches():
+    model = deep_norms(torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(8, 3, generator=generator), torch.zeros(8, 2)) for _ in range(5)]
+    found = recomputed_buffers(fm.Objective(model, nn.MSELoss(), batches), {})
+    for key, expected in updated(model, batches).named_buffers():
+        assert torch.allclose(found[key].double(), expected.double(), rtol=1e-5, atol=1e-6), key
+
+
+def test_batches_of_several_sizes_are_weighted_by_examples():
+    x = torch.tensor([[1.0], [5.0], [2.0], [4.0], [9.0]], dtype=torch.float64)
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1)).double()
+    batches = [(x[:2], x[:2]), (x[2:], x[2:])]
+    found = recomputed_buffers(fm.Objective(model, nn.MSELoss(), batches), {})
+    assert float(found["0.running_mean"]) == pytest.approx(float(x.mean()), rel=1e-14)
+    variance = (2 * float(x[:2].var()) + 3 * float(x[2:].var())) / 5
+    assert float(found["0.running_var"]) == pytest.approx(variance, rel=1e-14)
+    assert int(found["0.num_batches_tracked"]) == 2
+
+
+def test_statistics_are_recomputed_under_a_batch_loss_and_without_momentum():
+    model = deep_norms()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    batches = [{"x": part} for part in x.split(4)]
+    objective = fm.Objective(
+        model, data=batches, batch_loss=lambda m, batch: m(batch["x"]).square().mean()
+    )
+    found = recomputed_buffers(objective, {})
+    expected = dict(updated(model, [(b["x"], None) for b in batches]).named_buffers())
+    assert all(torch.allclose(found[n], expected[n], rtol=1e-12) for n in expected)
+
+
+def test_layers_that_are_never_called_and_shared_ones():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle, self.out = nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.out(self.used(self.used(x) * 3))
+
+    model = Net().double()
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batches = [(x, torch.zeros(6, 1, dtype=torch.float64))]
+    found = recomputed_buffers(fm.Objective(model, nn.MSELoss(), batches), {})
+    expected = dict(updated(model, batches).named_buffers())
+    assert {n.split(".")[0] for n in found} == {"used"}
+    assert all(torch.allclose(t, expected[n]) for n, t in found.items())
+
+
+def test_without_batch_norm_nothing_is_recomputed():
+    case = build("class_weighted")
+    start, end = ends(case)
+    objective = case.objective()
+    assert recomputed_buffers(objective, {}) == {}
+    anew = fm.interpolate(objective, start, end, alphas=[0, 0.5, 1], buffers="recompute")
+    plain = fm.interpolate(objective, start, end, alphas=[0, 0.5, 1])
+    assert (anew.loss, anew.evaluations, anew.notes) == (plain.loss, 3, ())
+
+
+def test_losses_with_recomputed_statistics_are_those_of_updated_models():
+    case = build("conv_batch_norm")
+    start, end = ends(case)
+    batches = equal_batches(case)
+    objective = fm.Objective(case.model, case.loss_fn, batches)
+    test = fm.Objective(copy.deepcopy(case.model), case.loss_fn, case.batches)
+    curve = fm.interpolate(
+        *(objective, start, end),
+        alphas=[-1, 0, 0.5, 2],
+        buffers="recompute",
+        also={"test": test},
+        metrics={"accuracy": fm.accuracy},
+    )
+    for place, alpha in enumerate(curve.alphas):
+        model = copy.deepcopy(case.model)
+        with torch.no_grad():
+            triples = zip(model.parameters(), start.parameters(), end.parameters(), strict=True)
+            for own, one, two in triples:
+                own.copy_((1 - alpha) * one + alpha * two)
+        model = updated(model, batches)
+        for name, data in (("train", batches), ("test", case.batches)):
+            expected = fm.Objective(model, case.loss_fn, data).loss()
+            assert curve.curves[name].loss[place] == pytest.approx(expected, rel=1e-10)
+    assert curve.buffers == "recompute"
+    assert curve.evaluations == 12
+    assert len(curve.notes) == 1
+    assert "recomputed" in curve.notes[0]
+
+
+def test_recomputing_gives_the_same_where_data_are_read_anew():
+    case = build("conv_batch_norm")
+    start, end = ends(case)
+    lines = [
+        fm.interpolate(
+            fm.Objective(case.model, case.loss_fn, case.batches, cache=cache),
+            *(start, end),
+            alphas=[0, 0.5, 1],
+            buffers="recompute",
+        )
+        for cache in (True, False)
+    ]
+    assert lines[0].loss == lines[1].loss
+    assert lines[1].readings > 0
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "keep"])
+def test_recomputing_leaves_everything_untouched(mode):
+    case = build("mlp_batch_norm_dropout", torch.float32)
+    case.model.train()
+    start, end = ends(case)
+    objective = case.objective(mode=mode)
+    with untouched(case.model, start, end, case.batches):
+        first = fm.interpolate(objective, start, end, alphas=[-1, 0.5], buffers="recompute")
+        assert first == fm.interpolate(objective, start, end, alphas=[-1, 0.5], buffers="recompute")
+
+
+def test_everything_is_untouched_when_recomputing_fails():
+    case = build("mlp_batch_norm_dropout", torch.float32)
+    x, y = case.batches[0]
+    objective = fm.Objective(case.model, case.loss_fn, [(x, y), (x[:1], y[:1])])
+    with (
+        untouched(case.model, case.batches),
+        pytest.raises(fm.InvalidArgumentError, match=r"Batch 1 .* one value for each channel"),
+    ):
+        fm.interpolate(objective, case.model, case.model, buffers="recompute")
+
+
+def test_recomputing_with_tensors_of_another_model_is_refused():
+    case = build("conv_batch_norm")
+    with pytest.raises(fm.StateMismatchError, match="has besides 'nonsense'"):
+        recomputed_buffers(case.objective(), {"nonsense": torch.zeros(1)})

@@ -236,11 +236,18 @@ def test_functions_take_their_subject_first_and_then_keywords_only(name):
     if not inspect.isfunction(member) or name == "accuracy":
         return
     subjects = {
+        "apply_permutations": 2,
+        "connect": 3,
+        "difference_direction": 2,
+        "interactive": 2,
         "interpolate": 3,
         "invariance_table": 3,
         "log_determinant": 2,
+        "match_weights": 2,
+        "path_losses": 2,
         "plot": 2,
         "sharpness": 3,
+        "surface": 2,
         "token_weight": 0,
     }
     free = [

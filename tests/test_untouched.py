@@ -116,6 +116,21 @@ def allowed(measure, **options):
     return call
 
 
+def allowed_curve(bench):
+    """Statistics recomputed at a point, where the loss does not refuse that."""
+    with contextlib.suppress(fm.InvalidArgumentError):
+        fm.interpolate(
+            bench.objective, bench.case.unwrapped, bench.state, alphas=[0.5], buffers="recompute"
+        )
+
+
+def recorded(bench):
+    """Two snapshots of a model."""
+    trajectory = fm.Trajectory(bench.case.unwrapped)
+    trajectory.record(0)
+    trajectory.record(1)
+
+
 def in_groups(bench):
     """SAM sharpness of halves of the data, where these can be cut."""
     with contextlib.suppress(fm.InvalidArgumentError):
@@ -179,6 +194,12 @@ CALLS = {
     "interpolate": lambda b: fm.interpolate(
         b.objective, b.case.unwrapped, b.state, alphas=[0.5], also={"test": b.objective}
     ),
+    "surface": lambda b: fm.surface(b.objective, b.step, points=3, also={"test": b.objective}),
+    "interpolate, recomputed": allowed_curve,
+    "connect": lambda b: fm.connect(
+        b.objective, b.case.unwrapped, b.state, steps=1, alphas=[0, 1], buffers="keep"
+    ),
+    "Trajectory": recorded,
     "layerwise": lambda b: fm.layerwise(b.objective, depth=1, trace_products=2, max_products=1),
     "sharpness and compare": lambda b: b.report(),
 }

@@ -51,7 +51,20 @@ if TYPE_CHECKING:
     from .estimators.result import BlockTrace, TraceResult
     from .estimators.spectral_density import spectral_density
     from .estimators.trace import trace
-    from .landscape.interpolation import Curve, Interpolation, interpolate
+    from .landscape.connection import Connection, connect
+    from .landscape.directions import Directions
+    from .landscape.interpolation import Barrier, Curve, Interpolation, interpolate
+    from .landscape.matching import Permutations, apply_permutations, match_weights
+    from .landscape.model_directions import (
+        difference_direction,
+        eigenvector_directions,
+        gradient_direction,
+    )
+    from .landscape.path_losses import TrajectoryLosses, path_losses
+    from .landscape.principal import PrincipalResult, principal_components
+    from .landscape.random_directions import random_directions
+    from .landscape.surface import Grid, Surface, surface
+    from .landscape.trajectory import Trajectory
     from .measures.average_sharpness import AverageSharpnessResult, average_sharpness
     from .measures.critical_sharpness import CriticalSharpnessResult, critical_sharpness
     from .measures.epsilon_sharpness import SharpnessResult, epsilon_sharpness
@@ -65,6 +78,7 @@ if TYPE_CHECKING:
     from .measures.relative_flatness import LayerFlatness, RelativeFlatnessResult, relative_flatness
     from .measures.result import Measurement, MeasureResult
     from .measures.sam_sharpness import SamSharpnessResult, sam_sharpness
+    from .plotting.interactive import interactive
     from .plotting.plot import plot
     from .report.invariance import InvarianceTable, invariance_table
     from .report.result import SharpnessReport
@@ -76,9 +90,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentTypeError",
     "AverageSharpnessResult",
+    "Barrier",
     "BlockOperator",
     "BlockTrace",
     "Comparison",
+    "Connection",
     "ConvergenceError",
     "ConvergenceWarning",
     "CriticalSharpnessResult",
@@ -87,6 +103,7 @@ __all__ = [
     "DeviceError",
     "DeviceMemoryError",
     "DiagonalResult",
+    "Directions",
     "EigenResult",
     "EmptyDataError",
     "Estimate",
@@ -99,6 +116,7 @@ __all__ = [
     "GaussNewtonOperator",
     "GradientNormResult",
     "GraphError",
+    "Grid",
     "HessianOperator",
     "Interpolation",
     "InvalidArgumentError",
@@ -124,7 +142,9 @@ __all__ = [
     "Outcome",
     "PacBayesResult",
     "ParameterSelectionError",
+    "Permutations",
     "PreconditionedOperator",
+    "PrincipalResult",
     "ProjectedOperator",
     "RandomSharpnessResult",
     "RelativeFlatnessResult",
@@ -136,17 +156,26 @@ __all__ = [
     "SpectralDensity",
     "StateMismatchError",
     "SumOperator",
+    "Surface",
     "Table",
     "TensorSharpness",
     "TraceResult",
+    "Trajectory",
+    "TrajectoryLosses",
     "accuracy",
+    "apply_permutations",
     "average_sharpness",
     "compare",
+    "connect",
     "critical_sharpness",
     "diagonal",
+    "difference_direction",
+    "eigenvector_directions",
     "epsilon_sharpness",
     "fisher_rao_norm",
+    "gradient_direction",
     "gradient_norm",
+    "interactive",
     "interpolate",
     "invariance_table",
     "lanczos",
@@ -154,15 +183,20 @@ __all__ = [
     "layerwise",
     "local_energy",
     "log_determinant",
+    "match_weights",
     "pac_bayes_sharpness",
+    "path_losses",
     "plot",
     "power_iteration",
+    "principal_components",
+    "random_directions",
     "random_sharpness",
     "relative_flatness",
     "rescale",
     "sam_sharpness",
     "sharpness",
     "spectral_density",
+    "surface",
     "token_weight",
     "trace",
 ]
@@ -171,14 +205,18 @@ __all__ = [
 # Loaded when they are first asked for, for a quick start; matplotlib only by whoever draws.
 _LATER = {
     "AverageSharpnessResult": ".measures.average_sharpness",
+    "Barrier": ".landscape.interpolation",
     "BlockTrace": ".estimators.result",
     "Comparison": ".comparison",
+    "Connection": ".landscape.connection",
     "CriticalSharpnessResult": ".measures.critical_sharpness",
     "Curve": ".landscape.interpolation",
     "DiagonalResult": ".estimators.diagonal",
+    "Directions": ".landscape.directions",
     "EigenResult": ".eigen.result",
     "FisherRaoResult": ".measures.fisher_rao_norm",
     "GradientNormResult": ".measures.gradient_norm",
+    "Grid": ".landscape.surface",
     "Interpolation": ".landscape.interpolation",
     "InvarianceTable": ".report.invariance",
     "LaplaceResult": ".measures.laplace",
@@ -190,21 +228,32 @@ _LATER = {
     "MeasureResult": ".measures.result",
     "Measurement": ".measures.result",
     "PacBayesResult": ".measures.pac_bayes_sharpness",
+    "Permutations": ".landscape.matching",
+    "PrincipalResult": ".landscape.principal",
     "RandomSharpnessResult": ".measures.random_sharpness",
     "RelativeFlatnessResult": ".measures.relative_flatness",
     "SamSharpnessResult": ".measures.sam_sharpness",
     "SharpnessReport": ".report.result",
     "SharpnessResult": ".measures.epsilon_sharpness",
     "SpectralDensity": ".estimators.density",
+    "Surface": ".landscape.surface",
     "TensorSharpness": ".measures.random_sharpness",
     "TraceResult": ".estimators.result",
+    "Trajectory": ".landscape.trajectory",
+    "TrajectoryLosses": ".landscape.path_losses",
+    "apply_permutations": ".landscape.matching",
     "average_sharpness": ".measures.average_sharpness",
     "compare": ".comparison",
+    "connect": ".landscape.connection",
     "critical_sharpness": ".measures.critical_sharpness",
     "diagonal": ".estimators.diagonal",
+    "difference_direction": ".landscape.model_directions",
+    "eigenvector_directions": ".landscape.model_directions",
     "epsilon_sharpness": ".measures.epsilon_sharpness",
     "fisher_rao_norm": ".measures.fisher_rao_norm",
+    "gradient_direction": ".landscape.model_directions",
     "gradient_norm": ".measures.gradient_norm",
+    "interactive": ".plotting.interactive",
     "interpolate": ".landscape.interpolation",
     "invariance_table": ".report.invariance",
     "lanczos": ".eigen.lanczos",
@@ -212,15 +261,20 @@ _LATER = {
     "layerwise": ".measures.layerwise",
     "local_energy": ".measures.local_energy",
     "log_determinant": ".estimators.log_determinant",
+    "match_weights": ".landscape.matching",
     "pac_bayes_sharpness": ".measures.pac_bayes_sharpness",
+    "path_losses": ".landscape.path_losses",
     "plot": ".plotting.plot",
     "power_iteration": ".eigen.power_iteration",
+    "principal_components": ".landscape.principal",
+    "random_directions": ".landscape.random_directions",
     "random_sharpness": ".measures.random_sharpness",
     "relative_flatness": ".measures.relative_flatness",
     "rescale": ".rescaling",
     "sam_sharpness": ".measures.sam_sharpness",
     "sharpness": ".report.sharpness",
     "spectral_density": ".estimators.spectral_density",
+    "surface": ".landscape.surface",
     "trace": ".estimators.trace",
 }
 

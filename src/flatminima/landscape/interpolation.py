@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_choice
-from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
+from ..errors import InvalidArgumentError
 from ..metrics import Metric
-from ..modules import unwrapped, without_prefix
 from ..objective import Objective, check_objective
 from ..precision import precision_notes
 from ..progress import progress_bar
 from ..results import Outcome, Result, Table, format_number, reading_notes
-from ..vectors import check_vector
+from .buffers import recomputed_buffers, recomputed_names
+from .data_sets import check_metrics, named_objectives
+from .endpoints import Between, Endpoint, State, checked_points
 
-__all__ = ["Curve", "Interpolation", "interpolate"]
+__all__ = [
+    "BEZIER",
+    "BUFFERS",
+    "Barrier",
+    "Curve",
+    "Endpoint",
+    "Interpolation",
+    "State",
+    "evaluate_path",
+    "interpolate",
+]
 
-Endpoint = nn.Module | Mapping[str, Tensor] | Tensor
-State = dict[str, Tensor]
-
-VARIANCE = "running_var"
-"""How PyTorch's normalisation layers name a buffer that cannot be negative."""
+BEZIER = "bezier"
+BUFFERS = ("interpolate", "keep", "recompute")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -62,15 +69,49 @@ class Curve(Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Barrier(Result):
+    """How far a path rises above the straight line between its end values, and where.
+
+    Attributes:
+        height: of the highest point above the chord, never negative; for a metric, the deepest
+            fall below it. Infinite where a value is NaN or infinite.
+        alpha: where that is; 0 where nothing rises.
+        quantity: "loss", or the metric's name.
+        curve: the name of the data set.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> loss = lambda output, target: (output**2 - 1).square().mean()
+        >>> objective = fm.Objective(model, loss, (torch.ones(1, 1), torch.zeros(1, 1)))
+        >>> ends = torch.tensor([-1.0]), torch.tensor([1.0])
+        >>> fm.interpolate(objective, *ends, alphas=[0, 0.25, 0.5, 1]).barrier()
+        Barrier between α = 0 and α = 1
+        quantity    height    α
+        ──────────  ──────  ───
+        train loss       1  0.5
+    """
+
+    height: float
+    alpha: float
+    quantity: str
+    curve: str
+
+    def _table(self) -> Table:
+        row = (f"{self.curve} {self.quantity}", *map(format_number, (self.height, self.alpha)))
+        return Table(("quantity", "height", "α"), (row,), title="Barrier between α = 0 and α = 1")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Interpolation(Result):
     """Losses and metrics along a path between two models: `start` at α = 0, `end` at α = 1.
 
     Attributes:
         alphas: the points.
         curves: by name of the data set; the objective's own is "train", those of `also` follow.
-        path: "linear" or "curvilinear".
-        buffers: "interpolate" or "keep".
-        evaluations: passes over a data set.
+        path: "linear" or "curvilinear"; "bezier" along the curve of a `Connection`.
+        buffers: "interpolate", "keep" or "recompute".
+        evaluations: passes over a data set, those in which buffers are recomputed among them.
         outcome: completed, or completed with values that are not finite.
         notes: what a reader should know about how it was computed.
         readings: how often data were read anew for it; 0 where they are kept on the device.
@@ -109,17 +150,99 @@ class Interpolation(Result):
         """The metrics at each α on the objective's own data."""
         return self.curves["train"].metrics
 
+    def barrier(self, curve: str = "train", metric: str | None = None) -> Barrier:
+        """The largest height above the chord, max over α in [0, 1] of L(α) − (1−α) L(0) − α L(1).
+
+        The height above the chord, as in Entezari et al. (2022, arXiv:2110.06296); the error
+        barrier of Frankle et al. (2020, arXiv:1912.05671) has the mean of the end values in place
+        of the chord, and is the same where these are equal. It is taken over the points that were
+        evaluated, so that more of them can only raise it.
+
+        Args:
+            curve: which data set.
+            metric: by name, in place of the loss. Metrics are taken for better the larger they
+                are, as accuracy is: the height is that of the fall below the chord.
+
+        Raises:
+            InvalidArgumentError: α = 0 or α = 1 was not evaluated, or there is no such curve or
+                metric.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> objective = fm.Objective(
+            ...     model, lambda output, target: -output.square().mean(), (torch.ones(1, 1),) * 2
+            ... )
+            >>> ends = torch.tensor([0.0]), torch.tensor([2.0])
+            >>> found = fm.interpolate(objective, *ends, alphas=[0, 0.25, 0.5, 1]).barrier()
+            >>> found.height, found.alpha  # −4α² against the chord −4α
+            (1.0, 0.5)
+        """
+        call = "Interpolation.barrier"
+        check_choice(call, "curve", curve, self.curves)
+        found = self.curves[curve]
+        if metric is not None and not found.metrics:
+            raise InvalidArgumentError(
+                f"{call} was asked for {metric!r}, but the {curve!r} curve has no metrics; give "
+                'them to interpolate, as metrics={"accuracy": fm.accuracy}.'
+            )
+        values: Sequence[float] = found.loss
+        if metric is not None:
+            check_choice(call, "metric", metric, found.metrics)
+            values = [-v for v in found.metrics[metric]]
+        if not {0.0, 1.0} <= set(self.alphas):
+            raise InvalidArgumentError(
+                f"{call} needs the values at α = 0 and α = 1, of which one or both were not "
+                "evaluated; give interpolate alphas= with both, as torch.linspace(0, 1, 21)."
+            )
+        first, last = (values[self.alphas.index(end)] for end in (0.0, 1.0))
+        height = place = 0.0
+        for alpha, value in sorted(zip(self.alphas, values, strict=True)):
+            if not 0 <= alpha <= 1:
+                continue
+            if not math.isfinite(value):
+                height, place = math.inf, alpha
+                break
+            # In this form, equal ends are met exactly.
+            rise = value - (first + alpha * (last - first))
+            if 0 < alpha < 1 and rise > height:
+                height, place = rise, alpha
+        return Barrier(height, place, metric or "loss", curve)
+
+    def _barriers(self) -> tuple[str, ...]:
+        """What a table says of them, where something was evaluated between the ends."""
+        if not {0.0, 1.0} <= set(self.alphas) or not any(0 < a < 1 for a in self.alphas):
+            return ()
+        found = [self.barrier(n, m) for n, c in self.curves.items() for m in (None, *c.metrics)]
+        said = (
+            f"{b.curve} {b.quantity} {format_number(b.height)}"
+            + (f" at α = {format_number(b.alpha)}" if b.height else "")
+            for b in found
+        )
+        fall = (
+            " (of metrics, the fall below it)"
+            if any(c.metrics for c in self.curves.values())
+            else ""
+        )
+        return (f"Barrier above the chord from α = 0 to 1{fall}: {', '.join(said)}.",)
+
     def _table(self) -> Table:
         header = ["α"]
         columns: list[Sequence[float]] = [self.alphas]
         for name, curve in self.curves.items():
             header += [f"{name} loss", *(f"{name} {m}" for m in curve.metrics)]
             columns += [curve.loss, *curve.metrics.values()]
+        title = "Bézier curve" if self.path == BEZIER else f"{self.path.capitalize()} interpolation"
         return Table(
             tuple(header),
             tuple(tuple(format_number(v) for v in row) for row in zip(*columns, strict=True)),
-            title=f"{self.path.capitalize()} interpolation, start at α = 0, end at α = 1",
-            notes=(self.outcome.value, *reading_notes(self.readings), *self.notes),
+            title=f"{title}, start at α = 0, end at α = 1",
+            notes=(
+                self.outcome.value,
+                *self._barriers(),
+                *reading_notes(self.readings),
+                *self.notes,
+            ),
         )
 
 
@@ -132,7 +255,7 @@ def interpolate(
     path: Literal["linear", "curvilinear"] = "linear",
     metrics: Mapping[str, Metric] | None = None,
     also: Mapping[str, Objective] | None = None,
-    buffers: Literal["interpolate", "keep"] = "interpolate",
+    buffers: Literal["interpolate", "keep", "recompute"] = "interpolate",
     progress: bool = True,
 ) -> Interpolation:
     """Loss and metrics at (1 − α) start + α end, the parametric plot of Keskar et al. (2017).
@@ -152,7 +275,9 @@ def interpolate(
         metrics: `metric(output, target)` by name, such as `{"accuracy": fm.accuracy}`.
         also: further objectives by name (`{"test": test_objective}`), evaluated at the same
             points; their models must have the same tensors.
-        buffers: "interpolate", or "keep" those of the objective's model.
+        buffers: "interpolate"; "keep" those of the objective's model; or "recompute", which
+            interpolates them and then computes the statistics of batch norm anew at each point,
+            by a pass over the objective's own data (also for the curves of `also`).
         progress: show a bar if it takes long.
 
     Returns:
@@ -174,45 +299,58 @@ def interpolate(
     call = "interpolate"
     check_objective(call, objective)
     check_choice(call, "path", path, ("linear", "curvilinear"))
-    check_choice(call, "buffers", buffers, ("interpolate", "keep"))
-    points = _points(alphas)
-    for name, mapping, example in (
-        ("metrics", metrics, '{"accuracy": fm.accuracy}'),
-        ("also", also, '{"test": test_objective}'),
-    ):
-        if mapping is not None and not isinstance(mapping, Mapping):
-            raise ArgumentTypeError(
-                f"The {name!r} argument of interpolate must be a mapping such as {example}; got "
-                f"{type(mapping).__name__}."
-            )
-    for name, metric in (metrics or {}).items():
-        if not callable(metric):
-            raise ArgumentTypeError(f"The metric {name!r} must be callable; got {metric!r}.")
-    objectives = {"train": objective}
-    for name, other in (also or {}).items():
-        check_objective(f"{call} (also[{name!r}])", other)
-        if name == "train":
-            raise InvalidArgumentError('The name "train" in also= is the objective\'s own.')
-        objectives[name] = other
-    first, last = (_state(objective, end_, n) for end_, n in ((start, "start"), (end, "end")))
-    for name, other in list(objectives.items())[1:]:
-        _check_same(_model_state(other.model), first, f"the model of also[{name!r}]", "start")
-    frozen = _model_state(objective.model) if buffers == "keep" else {}
-    held = {n for n, _ in objective.model.named_buffers()} if buffers == "keep" else set()
-    kept = {name: frozen[name] for name in held if name in frozen}
-    mixed = {n for n, t in first.items() if t.dtype.is_floating_point and n not in held}
+    check_choice(call, "buffers", buffers, BUFFERS)
+    points = checked_points(call, alphas, tuple(-1 + i / 8 for i in range(25)))
+    metrics = check_metrics(call, metrics)
+    objectives = named_objectives(call, objective, also)
+    between = Between.read(call, objectives, start, end, buffers)
+    return evaluate_path(
+        objectives,
+        points,
+        lambda alpha: between.at(alpha, path),
+        metrics,
+        path=path,
+        between=between,
+        progress=progress,
+    )
 
+
+def evaluate_path(
+    objectives: Mapping[str, Objective],
+    points: tuple[float, ...],
+    state_at: Callable[[float], State],
+    metrics: Mapping[str, Metric],
+    *,
+    path: str,
+    between: Between,
+    progress: bool,
+) -> Interpolation:
+    """Losses and metrics of every objective at each point of a path of state dicts.
+
+    Where buffers are recomputed, the statistics of batch norm are those on the data of "train".
+    """
+    objective = objectives["train"]
+    anew = recomputed_names(objective.model) if between.buffers == "recompute" else set[str]()
+    statistics: list[State] = []
     data = {id(o): o.batches for o in objectives.values()}.values()
     before = sum(batches.readings for batches in data)
     losses: dict[str, list[float]] = {name: [] for name in objectives}
     values: dict[str, dict[str, list[float]]] = {
-        name: {m: [] for m in metrics or {}} for name in objectives
+        name: {m: [] for m in metrics} for name in objectives
     }
-    total = len(points) * len(objectives)
+    total = len(points) * (len(objectives) + bool(anew))
     with progress_bar("interpolation", total=total, unit="pass", show=progress) as bar:
+
+        def states() -> Iterator[State]:
+            for number, alpha in enumerate(points):
+                state = state_at(alpha)
+                if anew and number == len(statistics):
+                    statistics.append(recomputed_buffers(objective, state))
+                    bar.update()
+                yield state | statistics[number] if anew else state
+
         for name, each in objectives.items():
-            states = (_mixture(first, last, alpha, path, mixed) | kept for alpha in points)
-            for loss, measured in each.evaluate_states(states, metrics):
+            for loss, measured in each.evaluate_states(states(), metrics):
                 losses[name].append(loss)
                 for metric_name, value in measured.items():
                     values[name][metric_name].append(value)
@@ -226,127 +364,9 @@ def interpolate(
         alphas=points,
         curves=curves,
         path=path,
-        buffers=buffers,
+        buffers=between.buffers,
         evaluations=total,
         outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
-        notes=_notes(mixed, points) + precision_notes(objective.model, objective.device),
+        notes=between.notes(points, anew) + precision_notes(objective.model, objective.device),
         readings=sum(b.readings for b in data) - before,
     )
-
-
-def _notes(mixed: set[str], points: tuple[float, ...]) -> tuple[str, ...]:
-    if any(n.endswith(VARIANCE) for n in mixed) and (min(points) < 0 or max(points) > 1):
-        return (
-            "Outside [0, 1] the running variances of batch norm are mixed with the absolute "
-            "values of the coefficients.",
-        )
-    return ()
-
-
-def _points(alphas: Sequence[float] | Tensor | None) -> tuple[float, ...]:
-    if alphas is None:
-        return tuple(-1 + i / 8 for i in range(25))
-    try:
-        points = tuple(float(a) for a in alphas)
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(
-            f"The 'alphas' argument of interpolate must be a sequence of numbers; got {alphas!r}."
-        ) from error
-    if not points or not all(map(math.isfinite, points)):
-        raise InvalidArgumentError(
-            f"The 'alphas' argument of interpolate must hold finite numbers; got {alphas!r}."
-        )
-    return points
-
-
-def _model_state(model: nn.Module) -> State:
-    """Every parameter and buffer by name, each tensor once."""
-    return {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def _state(objective: Objective, endpoint: Endpoint, argument: str) -> State:
-    own = _model_state(objective.model)
-    if isinstance(endpoint, nn.Module):
-        given = _model_state(unwrapped(endpoint))
-    elif isinstance(endpoint, Mapping):
-        given = {n: t.detach() for n, t in endpoint.items() if isinstance(t, Tensor)}
-        while not given.keys() & own.keys():
-            # Saved from a compiled or a data-parallel model, or from one of both.
-            shorter = {without_prefix(n): t for n, t in given.items()}
-            if shorter.keys() == given.keys():
-                break
-            given = shorter
-        # A state dict lists tied tensors under every name and leaves out buffers that are not
-        # persistent; the model's own names decide.
-        persistent = set(objective.model.state_dict())
-        given = {n: t for n, t in given.items() if n in own or n not in persistent}
-        given = {n: t for n, t in own.items() if n not in persistent} | given
-    elif isinstance(endpoint, Tensor):
-        vector = check_vector(
-            f"interpolate ({argument})",
-            endpoint,
-            size=objective.size,
-            dtype=objective.dtype,
-            device=objective.device,
-        )
-        pieces = objective.layout.unflatten(vector)
-        given = own | dict(zip(objective.layout.names, pieces, strict=True))
-    else:
-        raise ArgumentTypeError(
-            f"The {argument!r} argument of interpolate must be a module, a state dict or a "
-            f"parameter vector; got {type(endpoint).__name__}."
-        )
-    entries: dict[str, object] = dict(endpoint) if isinstance(endpoint, Mapping) else {}
-    inner = [name for name, value in entries.items() if isinstance(value, dict)]
-    hint = f"a checkpoint? Its entry {inner[0]!r} may be the state dict" if inner else ""
-    _check_same(own, given, "the objective's model", argument, hint)
-    return {
-        n: given[n].to(objective.device, t.dtype if t.dtype.is_floating_point else None)
-        for n, t in own.items()
-    }
-
-
-def _check_same(own: State, given: State, owner: str, argument: str, hint: str = "") -> None:
-    missing = [n for n in own if n not in given]
-    nested = f" ({hint})" if hint and len(missing) == len(own) else ""
-    extra = [n for n in given if n not in own]
-    shapes = [
-        f"{n!r} {tuple(given[n].shape)} instead of {tuple(own[n].shape)}"
-        for n in own
-        if n in given and given[n].shape != own[n].shape
-    ]
-    problems = []
-    for label, found in (("lacks", missing), ("has besides", extra)):
-        if found:
-            problems.append(f"{label} {_some([repr(n) for n in found])}")
-    if shapes:
-        problems.append(f"has {_some(shapes)}")
-    if problems:
-        raise StateMismatchError(
-            f"The {argument!r} argument of interpolate does not fit {owner}: it "
-            + "; it ".join(problems)
-            + f". Both endpoints must come from the same architecture{nested}."
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _mixture(first: State, last: State, alpha: float, path: str, mixed: set[str]) -> State:
-    if path == "linear":
-        left, right = 1 - alpha, alpha
-    else:
-        left, right = math.cos(alpha * math.pi / 2), math.sin(alpha * math.pi / 2)
-        # Exactly the models themselves at whole α, where sine and cosine are off by rounding.
-        left, right = (0.0 if abs(c) < 1e-15 else c for c in (left, right))
-    state = {}
-    for name, tensor in first.items():
-        if name in mixed:
-            one, two = (abs(left), abs(right)) if name.endswith(VARIANCE) else (left, right)
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            point = one * tensor.to(wide) + two * last[name].to(wide)
-            state[name] = point.to(tensor.dtype)
-        else:
-            state[name] = tensor
-    return state

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 
+from ..checks import check_choice
 from ..comparison import Comparison
 from ..eigen.result import EigenResult
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..estimators.density import SpectralDensity
 from ..estimators.result import TraceResult
 from ..landscape.interpolation import Interpolation
+from ..landscape.principal import PrincipalResult
+from ..landscape.surface import Surface
 from ..measures.critical_sharpness import CriticalSharpnessResult
 from ..measures.gradient_norm import GradientNormResult
 from ..measures.layerwise import LayerwiseResult
@@ -23,6 +27,7 @@ from ..measures.relative_flatness import RelativeFlatnessResult
 from ..report.invariance import InvarianceTable
 from ..report.result import SharpnessReport
 from ..results import Result
+from .axes import in_style
 from .bars import (
     draw_comparison,
     draw_gradient_norm,
@@ -34,12 +39,22 @@ from .bars import (
 )
 from .curves import draw_density, draw_eigenvalues, draw_interpolation
 from .measures import draw_critical, draw_invariance, draw_local_energy, draw_pac_bayes
+from .profiles import draw_profiles, grouped
+from .surfaces import KINDS, draw_surface
 
 __all__ = ["plot"]
 
 
-def plot(result: Result, ax: Axes | None = None) -> Axes:
-    """Draw a result.
+def plot(
+    result: Result | Sequence[Result] | Mapping[str, Result | Sequence[Result]],
+    ax: Axes | None = None,
+    *,
+    kind: Literal["contour", "3d"] = "contour",
+    trajectory: PrincipalResult | None = None,
+    limits: tuple[float, float] | None = None,
+    style: Literal["paper"] | None = None,
+) -> Axes:
+    """Draw a result, or several profiles in one picture.
 
     An `Interpolation` is drawn as in Keskar et al. (2017): the loss on a logarithmic axis at the
     left, metrics at the right, the objective's own data solid and others dashed, the two models
@@ -56,9 +71,22 @@ def plot(result: Result, ax: Axes | None = None) -> Axes:
     `CriticalSharpnessResult` show what was found at every size of noise or step that was tried,
     and an `InvarianceTable` each measure's ratio on a logarithmic axis.
 
+    A `Surface` of two dimensions is drawn as filled contours, with levels on a logarithmic scale
+    where the loss spans more than a factor of ten, the model marked by a star, and what is NaN or
+    infinite in colours of its own; with kind="3d" in relief; one of one dimension as a profile. A
+    list of profiles (interpolations, or surfaces of one dimension) is drawn as one line for each
+    direction, and as a median with a band where several are of the same, as over seeds; a mapping
+    says itself what belongs together.
+
     Args:
         result: what to draw.
         ax: where; a new figure unless told.
+        kind: of a surface of two dimensions, "contour" or "3d".
+        trajectory: drawn on a surface of its own two principal directions, time in colour.
+        limits: the least and the largest loss of the levels of a surface, so that several have the
+            same colours.
+        style: "paper" draws for a column of 3.3 inches, with type of 7 and 8 points. Figures are
+            written as vectors by `ax.figure.savefig("figure.pdf")`.
 
     Returns:
         The axis with the loss, that with a report's measures, or the only one;
@@ -78,14 +106,28 @@ def plot(result: Result, ax: Axes | None = None) -> Axes:
         raise ArgumentTypeError(
             f"The 'ax' argument of plot must be a matplotlib axis; got {type(ax).__name__}."
         )
-    return _draw(result, ax)
+    check_choice("plot", "kind", kind, KINDS)
+    if style is not None:
+        check_choice("plot", "style", style, ("paper",))
+    with in_style(style):
+        if isinstance(result, Surface):
+            return draw_surface(result, ax, kind=kind, trajectory=trajectory, limits=limits)
+        given = {"kind": kind != "contour", "trajectory": trajectory, "limits": limits}
+        for name, value in given.items():
+            if value:
+                raise InvalidArgumentError(
+                    f"The {name!r} argument of plot is for surfaces; got a {type(result).__name__}."
+                )
+        if isinstance(result, (list, tuple, Mapping)):
+            return draw_profiles(grouped(result), ax)
+        return _draw(result, ax)
 
 
 @functools.singledispatch
 def _draw(result: Any, ax: Axes | None) -> Axes:  # noqa: ARG001
+    kinds = {kind.__name__ for kind in _draw.registry if kind is not object} | {"Surface"}
     raise ArgumentTypeError(
-        f"plot has no picture of a {type(result).__name__}; it draws "
-        f"{', '.join(sorted(kind.__name__ for kind in _draw.registry if kind is not object))}."
+        f"plot has no picture of a {type(result).__name__}; it draws {', '.join(sorted(kinds))}."
     )
 
 
