@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import matplotlib.pyplot as plt
@@ -122,9 +123,38 @@ def test_relief_has_its_axes_and_the_model():
         fm.plot(PLANE, plt.subplots()[1], kind="3d")
 
 
+OWN = ("principal component 1 (90 % of variance)", "principal component 2 (10 % of variance)")
+ON_PLANE = made(PLANE.loss, (X, Y), OWN)
+
+
+def test_a_trajectory_is_refused_where_it_does_not_lie():
+    for surface, path, options, words in (
+        (PLANE, trajectory(), {}, "its own principal directions"),
+        (ON_PLANE, trajectory(), {"kind": "3d"}, "interactive"),
+        (LINE, trajectory(), {}, "two principal directions"),
+    ):
+        with pytest.raises(fm.InvalidArgumentError, match=words):
+            fm.plot(surface, trajectory=path, **options)
+
+
+@pytest.mark.parametrize("limits", [(5.0, 1.0), (1.0, 1.0), (1.0, NAN), (1.0,), "wide"])
+def test_limits_that_are_none_are_refused(limits):
+    with pytest.raises(fm.FlatMinimaError, match="'limits' argument of plot"):
+        fm.plot(PLANE, limits=limits)
+
+
+def test_relief_has_the_colours_of_its_limits():
+    faces = [
+        fm.plot(PLANE, kind="3d", limits=limits).collections[0].get_clim()
+        for limits in (None, (1e-4, 1e4))
+    ]
+    np.testing.assert_allclose(faces[0], [-2, 3], rtol=1e-6)
+    np.testing.assert_allclose(faces[1], [-4, 4], rtol=1e-6)
+
+
 def test_a_trajectory_lies_on_its_plane_with_time_in_colour():
     principal = trajectory()
-    axis = drawn(PLANE, trajectory=principal)
+    axis = drawn(ON_PLANE, trajectory=principal)
     marks = [c for c in axis.collections if len(c.get_offsets()) == 3 and c.get_array() is not None]
     np.testing.assert_allclose(marks[-1].get_offsets(), principal.coordinates, rtol=1e-6)
     np.testing.assert_allclose(marks[-1].get_array(), [0, 10, 20])
@@ -178,6 +208,13 @@ def test_interpolations_are_profiles_too():
     )
     axis = drawn({"straight": curve, "again": [curve, curve]})
     assert axis.get_xlabel() == "α"
+    texts = [
+        t.get_text()
+        for t in drawn([curve, dataclasses.replace(curve, path="bezier")]).get_legend().get_texts()
+    ]
+    assert texts == ["linear path", "bezier path"]
+    with pytest.raises(fm.ArgumentTypeError, match="not both"):
+        fm.plot([curve, LINE])
 
 
 # ---------------------------------------------------------------------------------------- style

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -172,9 +173,13 @@ def test_a_file_goes_on_where_it_was(tmp_path):
     objective.evaluate_states = lambda states, metrics: evaluate(
         (calls.append(1) or state for state in states), metrics
     )
-    assert fm.surface(objective, directions, resume=path, **options) == whole
+    rest = fm.surface(objective, directions, resume=path, **options)
+    assert dataclasses.replace(rest, evaluations=50) == whole
+    assert rest.evaluations == 15
     assert calls == []  # the training data were done
-    assert fm.surface(objective, directions, resume=str(path), **options) == whole
+    again = fm.surface(objective, directions, resume=str(path), **options)
+    assert dataclasses.replace(again, evaluations=50) == whole
+    assert again.evaluations == 0
     assert [p.name for p in path.parent.iterdir()] == ["surface.npz"]
 
 

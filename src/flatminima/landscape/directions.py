@@ -80,11 +80,11 @@ class Directions(Result):
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        expected = (self.vectors.shape[0], len(self.labels)) if self.vectors.dim() else ()
-        if tuple(self.vectors.shape) != expected or len(self.units) != len(self.labels):
+        shape, count = tuple(self.vectors.shape), len(self.labels)
+        if len(shape) != 2 or shape[1] != count or len(self.units) != count:
             raise ShapeError(
                 "Directions takes vectors (n, d) with d labels and d units; got "
-                f"{tuple(self.vectors.shape)}, {len(self.labels)} and {len(self.units)}."
+                f"{shape}, {count} and {len(self.units)}."
             )
 
     @property

@@ -120,7 +120,8 @@ class PrincipalResult(Result):
         found = []
         for values in self.coordinates.T:
             low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-            room = margin * (high - low)
+            # 0 is within the extent, not at its end.
+            room = max(margin, 0.01) * ((high - low) or 1.0)
             found.append((low - room, high + room))
         return found
 

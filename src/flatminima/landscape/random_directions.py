@@ -80,7 +80,7 @@ def random_directions(
         kept = "" if biases else ", or move biases and other one-dimensional tensors, biases=True"
         raise InvalidArgumentError(
             f"{call} cannot make {count} orthogonal directions: {movable} of {objective.size} "
-            f"parameters may move (those of norm zero stay). Ask for fewer{kept}."
+            f"parameters may move. Ask for fewer{kept}."
         )
     generator = as_generator(seed, objective.device)
     rows = torch.empty(count, objective.size, dtype=point.dtype, device=point.device)

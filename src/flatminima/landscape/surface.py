@@ -65,7 +65,7 @@ class Surface(Result):
         grids: by name of the data set; the objective's own is "train", those of `also` follow.
         labels: what each direction is.
         units: what 1 on each axis is.
-        evaluations: passes over a data set.
+        evaluations: passes over a data set, without those that a file had the results of.
         outcome: completed, or completed with values that are not finite, which are kept.
         notes: what a reader should know about how it was computed.
         readings: how often data were read anew for it; 0 where they are kept on the device.
@@ -207,17 +207,20 @@ def surface(
             "the data sets": list(objectives),
             "the metrics": list(metrics),
             # But for what another machine rounds otherwise.
-            "the loss at the model": [f"{o.loss():.4e}" for o in objectives.values()],
+            "the loss at the model": [f"{o.loss():.4e}" for o in objectives.values()]
+            if resume is not None
+            else [],
         },
         torch.full((len(objectives), len(quantities), total), math.nan, dtype=torch.float64),
     )
-    values = file.values
+    values, evaluations = file.values, 0
     with (
         file,
         progress_bar("surface", total=total * len(objectives), unit="point", show=progress) as bar,
     ):
         for number, each in enumerate(objectives.values()):
             first = file.done(number)
+            evaluations += total - first
             bar.update(first)
             states = _states(objective, known.vectors, coordinates, first)
             found = each.evaluate_states(states, metrics)
@@ -236,7 +239,7 @@ def surface(
         grids=grids,
         labels=known.labels,
         units=known.units,
-        evaluations=total * len(objectives),
+        evaluations=evaluations,
         outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
         notes=known.notes + precision_notes(objective.model, objective.device),
         readings=sum(batches.readings for batches in data) - before,

@@ -35,6 +35,12 @@ def grouped(results: object) -> dict[str, list[Profile]]:
     elif isinstance(results, Sequence):
         for each in results:
             groups.setdefault(_name(_checked(each)), []).append(each)
+    kinds = {type(each) for several in groups.values() for each in several}
+    if len(kinds) > 1:
+        raise ArgumentTypeError(
+            "plot draws interpolations in one picture, or surfaces of one dimension, not both: "
+            "their axes are not the same."
+        )
     if not groups or not all(groups.values()):
         raise InvalidArgumentError("plot was given an empty list; give one result at least.")
     for label, several in groups.items():
@@ -92,7 +98,7 @@ def _checked(result: Any) -> Profile:
 
 
 def _name(result: Profile) -> str:
-    return "loss" if isinstance(result, Interpolation) else result.labels[0]
+    return f"{result.path} path" if isinstance(result, Interpolation) else result.labels[0]
 
 
 def _places(result: Profile) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from ..checks import check_number
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.principal import PrincipalResult
 from ..landscape.surface import Surface
@@ -55,11 +57,49 @@ def draw_surface(
             "A trajectory is drawn on a surface of its own two principal directions; got "
             f"{dimensions} directions and {trajectory.coordinates.shape[1]} components."
         )
+    if trajectory is not None:
+        _check_plane(result, trajectory, kind)
+    if limits is not None:
+        limits = _checked_limits(limits)
     if dimensions == 1:
         return _profile(result, ax)
     if kind == "3d":
-        return _relief(result, ax)
+        return _relief(result, ax, limits)
     return _contours(result, ax, trajectory, limits)
+
+
+def _check_plane(result: Surface, trajectory: PrincipalResult, kind: str) -> None:
+    """Refuse to draw a trajectory where it does not lie."""
+    if kind == "3d":
+        raise InvalidArgumentError(
+            'plot(kind="3d") draws no trajectory, which the relief would hide; use kind="contour", '
+            "or interactive(result, trajectory=...)."
+        )
+    if trajectory.center != "last":
+        raise InvalidArgumentError(
+            "A trajectory is drawn relative to its last snapshot, the model of the surface; take "
+            f"principal_components(..., center='last'), not {trajectory.center!r}."
+        )
+    if not all(label.startswith("principal component") for label in result.labels):
+        raise InvalidArgumentError(
+            "A trajectory lies on the surface of its own principal directions; this one is of "
+            f"{' and '.join(result.labels)}. Take surface(objective, "
+            "principal.directions(objective), extent=principal.extents())."
+        )
+
+
+def _checked_limits(limits: object) -> tuple[float, float]:
+    if not isinstance(limits, Sequence) or isinstance(limits, str) or len(limits) != 2:
+        raise ArgumentTypeError(
+            f"The 'limits' argument of plot must be (least, largest) loss; got {limits!r}."
+        )
+    low, high = (check_number("plot", "limits", end) for end in limits)
+    if not low < high:
+        raise InvalidArgumentError(
+            f"The 'limits' argument of plot must be the least and then the largest loss; got "
+            f"{limits!r}."
+        )
+    return low, high
 
 
 def _axis_label(result: Surface, number: int) -> str:
@@ -200,7 +240,7 @@ def _path(axis: Axes, trajectory: PrincipalResult) -> None:
     axis.set_ylim(min(high[0], points[:, 1].min()), max(high[1], points[:, 1].max()))
 
 
-def _relief(result: Surface, ax: Axes | None) -> Axes:
+def _relief(result: Surface, ax: Axes | None, limits: tuple[float, float] | None) -> Axes:
     """The loss as height, on a logarithmic scale where its colours would be."""
     axis: Any = ax
     if axis is None:
@@ -213,12 +253,15 @@ def _relief(result: Surface, ax: Axes | None) -> Axes:
         )
     x, y = np.meshgrid(*(np.array(values) for values in result.coordinates), indexing="ij")
     values = result.loss.numpy()
-    logarithmic = isinstance(_levels(values)[1], LogNorm)
+    norm = _levels(values, limits)[1]
+    logarithmic = isinstance(norm, LogNorm)
     # Gaps where it is not finite.
     heights = np.where(np.isfinite(values), values, np.nan)
     heights = np.log10(heights) if logarithmic else heights
+    ends = (math.log10(v) if logarithmic else v for v in (norm.vmin, norm.vmax))
+    scale = dict(zip(("vmin", "vmax"), ends, strict=True))
     axis.plot_surface(
-        x, y, heights, cmap=COLORS, linewidth=0, antialiased=True, rcount=120, ccount=120
+        x, y, heights, cmap=COLORS, linewidth=0, antialiased=True, rcount=120, ccount=120, **scale
     )
     here = float(heights[result.center])
     axis.plot([0], [0], [here], "*", color=VERMILLION, markersize=10, zorder=10)
