@@ -140,7 +140,8 @@ def loaded() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["matplotlib", "scipy.optimize", "scipy.sparse", "sklearn", "IPython", "lightning"]
+    "module",
+    ["matplotlib", "plotly", "scipy.optimize", "scipy.sparse", "sklearn", "IPython", "lightning"],
 )
 def test_importing_the_package_does_not_load(module, loaded):
     assert "flatminima" in loaded

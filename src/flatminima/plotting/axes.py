@@ -89,13 +89,14 @@ def finite(values: Sequence[float]) -> Any:
     return np.where(np.isfinite(array), array, np.nan)
 
 
-def label_few_decades(axis: Axes) -> None:
+def label_few_decades(axis: Axes, *, vertical: bool = False) -> None:
     """Label ticks between powers of ten: some within two decades, within half of one all."""
-    low, high = axis.get_xlim()
+    low, high = axis.get_ylim() if vertical else axis.get_xlim()
+    each = axis.yaxis if vertical else axis.xaxis
     few, fewest = high < 100 * low, high < 3 * low
     if few:
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axis.xaxis.set_minor_formatter(lambda v, _: f"{v:g}" if fewest or (few and _leads(v)) else "")
+        each.set_major_formatter(lambda v, _: f"{v:g}")
+    each.set_minor_formatter(lambda v, _: f"{v:g}" if fewest or (few and _leads(v)) else "")
 
 
 def _leads(value: float) -> bool:

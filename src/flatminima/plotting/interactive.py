@@ -281,16 +281,6 @@ def _relief(
         name = f"{what} loss ({count})"
         add(points, top, name, f"{what} loss", shape, mode="markers", marker=marker)
         notes.append(f"The loss is {what} at {count} of {values.size} points: gaps, with marks.")
-    here = float(result.loss[result.center])
-    add(
-        np.zeros((1, 2)),
-        np.array([here]),
-        "the model",
-        f"the model<br>loss: {here:.5g}",
-        "star",
-        mode="markers",
-        marker={"color": VERMILLION, "size": 7, "symbol": "diamond", "line": {"width": 1}},
-    )
     if trajectory is not None:
         points = trajectory.coordinates.double().cpu().numpy()
         heights = _heights(result, points) if losses is None else np.array(losses.loss)
@@ -312,6 +302,16 @@ def _relief(
             line={"color": GREY, "width": 3},
             marker={"size": 4, "color": steps, "colorscale": TIME, "colorbar": timed},
         )
+    here = float(result.loss[result.center])
+    add(
+        np.zeros((1, 2)),
+        np.array([here]),
+        "the model",
+        f"the model<br>loss: {here:.5g}",
+        "star",
+        mode="markers",
+        marker={"color": VERMILLION, "size": 7, "symbol": "diamond", "line": {"width": 1}},
+    )
     for trace in flat:
         trace.visible = False
     figure = go.Figure([*solid, *flat])

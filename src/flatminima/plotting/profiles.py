@@ -12,7 +12,7 @@ from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.interpolation import Interpolation
 from ..landscape.surface import Surface
 from ..results import Result
-from .axes import GREY, SERIES, finite, new_axis
+from .axes import GREY, SERIES, finite, label_few_decades, new_axis
 
 __all__ = ["draw_profiles", "grouped"]
 
@@ -75,7 +75,9 @@ def draw_profiles(groups: Mapping[str, Sequence[Profile]], ax: Axes | None) -> A
     first = next(iter(groups.values()))[0]
     for place in (0.0, 1.0) if isinstance(first, Interpolation) else (0.0,):
         axis.axvline(place, color=GREY, linewidth=0.8, zorder=0)
-    axis.set_yscale("log" if 0 < least < np.inf else "linear")
+    if 0 < least < np.inf:
+        axis.set_yscale("log")
+        label_few_decades(axis, vertical=True)
     axis.set_ylabel("loss")
     axis.set_xlabel(_axis_label(groups))
     title = f"median, and least to largest of {several}" if several > 1 else None

@@ -222,7 +222,7 @@ def _single(color: str) -> Any:
 def _path(axis: Axes, trajectory: PrincipalResult) -> None:
     """The snapshots, with time in colour."""
     points = trajectory.coordinates.double().numpy()
-    low, high = axis.get_xlim(), axis.get_ylim()
+    across, upwards = axis.get_xlim(), axis.get_ylim()
     axis.plot(*points.T, color="white", linewidth=1.2, zorder=4)
     marks = axis.scatter(
         points[:, 0],
@@ -236,8 +236,8 @@ def _path(axis: Axes, trajectory: PrincipalResult) -> None:
     )
     axis.figure.colorbar(marks, ax=axis, label="training step")
     # What lies beyond the surface stays in sight.
-    axis.set_xlim(min(low[0], points[:, 0].min()), max(low[1], points[:, 0].max()))
-    axis.set_ylim(min(high[0], points[:, 1].min()), max(high[1], points[:, 1].max()))
+    axis.set_xlim(min(across[0], points[:, 0].min()), max(across[1], points[:, 0].max()))
+    axis.set_ylim(min(upwards[0], points[:, 1].min()), max(upwards[1], points[:, 1].max()))
 
 
 def _relief(result: Surface, ax: Axes | None, limits: tuple[float, float] | None) -> Axes:
