@@ -20,6 +20,7 @@ from ..landscape.principal import PrincipalResult
 from ..landscape.surface import Surface
 from ..results import Result
 from .axes import GREY, SERIES, VERMILLION
+from .surfaces import check_plane
 
 __all__ = ["interactive"]
 
@@ -126,7 +127,7 @@ def interactive(
             "Take a slice of its grids, or fewer directions."
         )
     if trajectory is not None or losses is not None:
-        _check_trajectory(trajectory, losses, dimensions)
+        _check_trajectory(result, trajectory, losses)
     go, to_html = _plotly()
     if isinstance(result, Surface) and dimensions == 2:
         heading = title or "Loss surface"
@@ -161,14 +162,9 @@ def _plotly() -> tuple[Any, Any]:
     return go, to_html
 
 
-def _check_trajectory(trajectory: object, losses: object, dimensions: int) -> None:
-    call, advice = "interactive", "Give what principal_components returns."
-    given = check_instance(call, "trajectory", trajectory, PrincipalResult, advice)
-    if dimensions != 2 or given.coordinates.shape[1] != 2:
-        raise InvalidArgumentError(
-            "A trajectory is drawn on a surface of its own two principal directions; got "
-            f"{dimensions} directions and {given.coordinates.shape[1]} components."
-        )
+def _check_trajectory(result: object, trajectory: object, losses: object) -> None:
+    call = "interactive"
+    given = check_plane(call, result, trajectory)
     if losses is not None:
         advice = "Give what path_losses returns."
         if check_instance(call, "losses", losses, TrajectoryLosses, advice).steps != given.steps:

@@ -13,17 +13,19 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from ..checks import check_number
+from ..checks import check_instance, check_number
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.principal import PrincipalResult
 from ..landscape.surface import Surface
 from .axes import BLUE, GREY, SERIES, VERMILLION, figure_size, finite, new_axis
 
-__all__ = ["KINDS", "draw_surface"]
+__all__ = ["KINDS", "check_plane", "draw_surface"]
 
 KINDS = ("contour", "3d")
 STYLES = ("-", "--", ":", "-.")
 LEVELS = 24
+OTHERS = ("random direction", "eigenvector", "gradient", "minus gradient", "towards")
+"""How the labels of directions begin that are no principal ones."""
 LINE = 36
 """Characters of an axis's label before its unit goes into the next line."""
 COLORS = "cividis"
@@ -47,18 +49,13 @@ def draw_surface(
             f"plot draws surfaces of one and two dimensions; this one has {dimensions}. Take a "
             "slice of its grids, or fewer directions."
         )
-    if trajectory is not None and not isinstance(trajectory, PrincipalResult):
-        raise ArgumentTypeError(
-            "The 'trajectory' argument of plot must be what principal_components gave; got a "
-            f"{type(trajectory).__name__}."
-        )
-    if trajectory is not None and (dimensions != 2 or trajectory.coordinates.shape[1] != 2):
-        raise InvalidArgumentError(
-            "A trajectory is drawn on a surface of its own two principal directions; got "
-            f"{dimensions} directions and {trajectory.coordinates.shape[1]} components."
-        )
     if trajectory is not None:
-        _check_plane(result, trajectory, kind)
+        if kind == "3d":
+            raise InvalidArgumentError(
+                'plot(kind="3d") draws no trajectory, which the relief would hide; use '
+                'kind="contour", or interactive(result, trajectory=...).'
+            )
+        check_plane("plot", result, trajectory)
     if limits is not None:
         limits = _checked_limits(limits)
     if dimensions == 1:
@@ -68,24 +65,34 @@ def draw_surface(
     return _contours(result, ax, trajectory, limits)
 
 
-def _check_plane(result: Surface, trajectory: PrincipalResult, kind: str) -> None:
-    """Refuse to draw a trajectory where it does not lie."""
-    if kind == "3d":
+def check_plane(call: str, result: object, trajectory: object) -> PrincipalResult:
+    """`trajectory` when it lies on the surface.
+
+    Raises:
+        ArgumentTypeError: it is no result of `principal_components`.
+        InvalidArgumentError: it lies on another plane, or around another point.
+    """
+    advice = "Give what principal_components returns."
+    trajectory = check_instance(call, "trajectory", trajectory, PrincipalResult, advice)
+    count = len(result.coordinates) if isinstance(result, Surface) else 0
+    if not isinstance(result, Surface) or count != 2 or trajectory.coordinates.shape[1] != 2:
         raise InvalidArgumentError(
-            'plot(kind="3d") draws no trajectory, which the relief would hide; use kind="contour", '
-            "or interactive(result, trajectory=...)."
+            "A trajectory is drawn on a surface of its own two principal directions; got "
+            f"{count} directions and {trajectory.coordinates.shape[1]} components."
         )
     if trajectory.center != "last":
         raise InvalidArgumentError(
             "A trajectory is drawn relative to its last snapshot, the model of the surface; take "
             f"principal_components(..., center='last'), not {trajectory.center!r}."
         )
-    if not all(label.startswith("principal component") for label in result.labels):
+    # Vectors of the user's own may well be the principal ones.
+    if any(label.startswith(OTHERS) for label in result.labels):
         raise InvalidArgumentError(
             "A trajectory lies on the surface of its own principal directions; this one is of "
             f"{' and '.join(result.labels)}. Take surface(objective, "
             "principal.directions(objective), extent=principal.extents())."
         )
+    return trajectory
 
 
 def _checked_limits(limits: object) -> tuple[float, float]:
