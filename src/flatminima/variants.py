@@ -8,8 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import Batch
+from .batches import Batch, located
 from .errors import InvalidArgumentError
+from .failures import explained
 from .nested import cut, length_of
 from .objective import Objective
 from .weights import criterion_function
@@ -41,7 +42,9 @@ def groups_of(call: str, objective: Objective, size: int) -> Iterator[Objective]
                     data = data if end - start == count else cut(data, start, end, count)
                 except ValueError as error:
                     raise _uncuttable(call, batch, str(error)) from error
-                group.append(Batch(batch.index, data, objective.weigh(data, batch.index), start))
+                with located(batch.index), explained(batch.index, objective.device):
+                    weight = objective.weigh(data, batch.index)
+                group.append(Batch(batch.index, data, weight, start))
                 held, start = held + end - start, end
                 if held == size:
                     yield from _weighty(objective, group)
