@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -398,3 +399,31 @@ def test_permutations_of_another_architecture_are_refused():
         apply_permutations(built("convolutions", 0), found)
     with pytest.raises(fm.ArgumentTypeError, match="'permutations' argument"):
         apply_permutations(built("mlp", 0), found.permutations)
+
+
+@pytest.mark.parametrize("layer", [nn.PReLU(5), nn.GroupNorm(1, 5)], ids=["PReLU", "GroupNorm"])
+def test_inputs_show_where_units_are_not_where_they_were_taken_to_be(layer):
+    """A second dimension of tokens, as many as units, cannot be told by tracing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn.init.normal_(layer.weight)
+        nets = [
+            nn.Sequential(nn.Linear(3, 5), copy.deepcopy(layer), nn.Linear(5, 2)) for _ in range(2)
+        ]
+        tokens, rows = torch.randn(2, 5, 3), torch.randn(6, 3)
+    found = fm.match_weights(*nets)
+    found = dataclasses.replace(found, permutations={"0": (4, 3, 2, 1, 0)})
+    permuted = fm.apply_permutations(nets[1], found, inputs=rows)
+    torch.testing.assert_close(permuted(rows), nets[1](rows))
+    assert permuted.training
+    with pytest.raises(fm.InvalidArgumentError, match="other outputs for these inputs"):
+        fm.apply_permutations(nets[1], found, inputs=tokens)
+
+
+def test_a_forward_replaced_on_the_object_is_refused():
+    nets = [nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)) for _ in range(2)]
+    nets[1].forward = lambda x: nets[1][2](nets[1][0](x) * torch.arange(5.0))
+    with pytest.raises(fm.InvalidArgumentError, match="replaced on the object"):
+        fm.match_weights(*nets)
+    with pytest.raises(fm.InvalidArgumentError, match="replaced on the object"):
+        fm.rescale(nets[1])

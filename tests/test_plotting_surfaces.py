@@ -251,6 +251,12 @@ def test_vectors_are_written(tmp_path, kind):
         ([PLANE, PLANE], {}, fm.ArgumentTypeError, "Surface of 2 dimensions"),
         ([LINE, 3], {}, fm.ArgumentTypeError, "got a int"),
         ({"a": [LINE, made([1.0, 2.0, 3.0], (Y,))]}, {}, fm.InvalidArgumentError, "differ in"),
+        (
+            [LINE, dataclasses.replace(LINE, units=("‖θ‖",))],
+            {},
+            fm.InvalidArgumentError,
+            "differ in their points, units",
+        ),
         (made(torch.ones(3, 3, 3), (Y, Y, Y), ("a", "b", "c")), {}, fm.InvalidArgumentError, "3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -176,7 +177,8 @@ def test_a_file_goes_on_where_it_was(tmp_path):
     rest = fm.surface(objective, directions, resume=path, **options)
     assert dataclasses.replace(rest, evaluations=50) == whole
     assert rest.evaluations == 15
-    assert calls == []  # the training data were done
+    # The training data were done: these are the two points that tell one evaluation from another.
+    assert calls == [1, 1]
     again = fm.surface(objective, directions, resume=str(path), **options)
     assert dataclasses.replace(again, evaluations=50) == whole
     assert again.evaluations == 0
@@ -213,6 +215,55 @@ def test_a_file_of_something_else_says_what_differs(tmp_path):
         fm.surface(objective, directions, points=3, resume=path)
     with pytest.raises(fm.ArgumentTypeError, match="path of a file"):
         fm.surface(objective, directions, points=3, resume=3)
+
+
+def test_a_file_of_other_metrics_data_or_buffers_is_refused(tmp_path):
+    net, x, y, objective = net_objective()
+    directions, path = draws(3, objective.size, 2), tmp_path / "surface.npz"
+    options = {"points": 3, "resume": path}
+    fm.surface(objective, directions, metrics={"m": fm.accuracy}, **options)
+    with pytest.raises(fm.InvalidArgumentError, match=r"differs: .*in a corner"):
+        fm.surface(objective, directions, metrics={"m": lambda o, t: o.mean()}, **options)
+    path.unlink()
+    flat = nn.Linear(3, 3).double()
+    with torch.no_grad():
+        for p in flat.parameters():
+            p.zero_()
+    first, second = (fm.Objective(flat, nn.CrossEntropyLoss(), d) for d in ((x, y), (x + 1, y)))
+    assert first.loss() == second.loss()
+    fm.surface(first, draws(3, first.size), **options)
+    with pytest.raises(fm.InvalidArgumentError, match="differs: the loss or metrics in a corner"):
+        fm.surface(second, draws(3, first.size), **options)
+    path.unlink()
+    fm.surface(objective, directions, **options)
+    net[1].running_mean += 1e-9
+    with pytest.raises(fm.InvalidArgumentError, match="differs: the model's buffers"):
+        fm.surface(objective, directions, **options)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+    _, _, _, objective = net_objective()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fm.InvalidArgumentError, match="cannot be made"):
+        fm.surface(objective, draws(3, objective.size), resume=tmp_path / "file" / "s.npz")
+
+
+def test_a_loss_that_is_not_finite_at_the_model_raises():
+    net, x, y, _ = net_objective()
+    objective = fm.Objective(net, lambda o, t: o.mean() * math.nan, (x, y))
+    with pytest.raises(fm.NonFiniteError, match="batch 0"):
+        fm.surface(objective, draws(3, objective.size), points=3)
+
+
+def test_further_models_have_all_tensors_of_the_first():
+    net, x, y, objective = net_objective(params="3.*")
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight += 1
+        other[1].running_mean += 1
+    also = {"test": fm.Objective(other, nn.CrossEntropyLoss(), (x, y))}
+    result = fm.surface(objective, draws(3, objective.size), points=3, also=also)
+    assert torch.equal(result.grids["test"].loss, result.loss)
 
 
 # ---------------------------------------------------------------------------------------- bad input

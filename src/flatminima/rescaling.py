@@ -187,6 +187,10 @@ def _traced(model: nn.Module, training: bool) -> Graph:
     from torch.fx import Tracer
 
     try:
+        if "forward" in vars(model):
+            raise InvalidArgumentError(
+                "its forward was replaced on the object, where it is not seen"
+            )
         given = inspect.signature(model.forward).parameters.values()
         defaults = {p.name: p.default for p in given if p.default is not p.empty}
         with preserved_random_state(), warnings.catch_warnings(), torch.enable_grad():

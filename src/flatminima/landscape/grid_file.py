@@ -53,7 +53,15 @@ class GridFile:
         self._marks = {name: _mark(setting) for name, setting in settings.items()}
         self._done = [0] * len(values)
         self._written = time.monotonic()
-        if self.path is not None and self.path.exists():
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"The folder of {self.path} cannot be made ({error}); give another resume=."
+            ) from error
+        if self.path.exists():
             self._read(self.path)
 
     def done(self, number: int) -> int:
@@ -76,7 +84,6 @@ class GridFile:
     def _write(self, path: Path) -> None:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as stream:
                 np.savez(
                     stream,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..checks import check_instance, check_integer
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..modules import check_model, unwrapped
-from ..randomness import Seed, as_generator
+from ..nested import tensors_in
+from ..randomness import Seed, as_generator, preserved_random_state
 from ..results import Outcome, Result, Table, format_number
 from ..vectors import all_finite
 from .endpoints import State, check_same, model_state
@@ -86,8 +88,9 @@ def match_weights(
     order of the layers. `apply_permutations` makes the model with the units in that order.
 
     Linear layers and plain convolutions are matched, across normalisations, elementwise
-    activations of any kind, pooling and flattening. Batch norm after a linear layer is taken to
-    see (N, C).
+    activations of any kind, pooling and flattening. Convolutions and normalisations are taken to
+    be called on batches, (N, C, …), and those after a linear layer on (N, C): what a trace cannot
+    tell, `apply_permutations(..., inputs=...)` checks.
 
     Args:
         reference: the network to come close to.
@@ -164,12 +167,15 @@ def match_weights(
     )
 
 
-def apply_permutations(model: nn.Module, permutations: Permutations) -> nn.Module:
+def apply_permutations(
+    model: nn.Module, permutations: Permutations, *, inputs: Any = None
+) -> nn.Module:
     """A copy of the model with its hidden units in another order: the same function.
 
     Args:
         model: that of `match_weights`, or one of the same architecture; it stays as it is.
         permutations: what `match_weights` returned.
+        inputs: a batch for the model's forward, with which both are compared in evaluation.
 
     Returns:
         The copy, without wrappers and gradients. The weights, biases, and the parameters and
@@ -177,7 +183,8 @@ def apply_permutations(model: nn.Module, permutations: Permutations) -> nn.Modul
         rounding.
 
     Raises:
-        InvalidArgumentError: the permutations are not of this architecture.
+        InvalidArgumentError: the permutations are not of this architecture, or the function is
+            another one for `inputs`.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -216,7 +223,29 @@ def apply_permutations(model: nn.Module, permutations: Permutations) -> nn.Modul
             for place in group:
                 tensor = tensors[place.tensor]
                 tensor.copy_(place.permuted(tensor.detach(), order))
+    if inputs is not None:
+        _check_function(call, copied(call, inner), permuted, inputs)
     return permuted
+
+
+def _check_function(call: str, model: nn.Module, permuted: nn.Module, inputs: Any) -> None:
+    """Refuse a model whose outputs are others; `model` is a copy, too."""
+    flags = [module.training for module in permuted.modules()]
+    try:
+        with torch.no_grad(), preserved_random_state():
+            pairs = [list(tensors_in(net.eval()(inputs))) for net in (model, permuted)]
+    finally:
+        for module, training in zip(permuted.modules(), flags, strict=True):
+            module.training = training
+    for one, other in zip(*pairs, strict=True):
+        tolerance = 1e3 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+        size = float(one.abs().max()) if one.numel() else 0.0
+        if one.numel() and float((one - other).abs().max()) > tolerance * size:
+            raise InvalidArgumentError(
+                f"{call}: the permuted model has other outputs for these inputs, so that its "
+                "layers do not read units where they were taken to: convolutions and normalisations must "
+                "be called on batches, (N, C, …), and normalisations after linear layers on (N, C)."
+            )
 
 
 # ------------------------------------------------------------------------------------ the matching

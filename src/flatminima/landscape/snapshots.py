@@ -192,12 +192,12 @@ class Snapshots:
 
     def _array(self, number: int) -> Array:
         array, folder = self._arrays[number], self.folder
-        if array is None:
-            assert folder is not None
-            width = self.index.size if self.index.sketch is None else self.index.sketch
-            array = _read_array(folder / _file(number), width, self.index.dtype)
-            self._arrays[number] = array
-        return array
+        if array is not None:
+            return array
+        assert folder is not None
+        width = self.index.size if self.index.sketch is None else self.index.sketch
+        # Mapped anew each time: a process may hold few files open.
+        return _read_array(folder / _file(number), width, self.index.dtype)
 
     def _join(self, folder: Path, resume: bool) -> None:
         """Go on with what the folder holds, after comparing."""

@@ -20,6 +20,7 @@ from ..progress import progress_bar
 from ..results import Outcome, Result, Table, format_number, reading_notes
 from .data_sets import check_metrics, named_objectives
 from .directions import Directions, check_directions
+from .endpoints import model_state
 from .grid_file import GridFile
 
 __all__ = ["Grid", "Surface", "surface"]
@@ -162,7 +163,7 @@ def surface(
             the same to both sides, so that 0 is among them.
         metrics: `metric(output, target)` by name, such as `{"accuracy": fm.accuracy}`.
         also: further objectives by name (`{"test": test_objective}`), evaluated at the same
-            points; their models must have the same tensors.
+            points; their models must have the same tensors, and are given those of the first.
         resume: a file (.npz) to keep what is done in, every few seconds and when interrupted, and
             to go on from. One of another model, direction, grid or loss is refused.
         progress: show a bar, with the time left, if it takes long.
@@ -197,6 +198,7 @@ def surface(
     total = math.prod(shape)
     data = {id(o): o.batches for o in objectives.values()}.values()
     before = sum(batches.readings for batches in data)
+    objective.loss()  # which raises where it is not finite
     quantities = ("loss", *metrics)
     file = GridFile(
         resume,
@@ -206,10 +208,7 @@ def surface(
             "the grid": [list(values) for values in coordinates],
             "the data sets": list(objectives),
             "the metrics": list(metrics),
-            # But for what another machine rounds otherwise.
-            "the loss at the model": [f"{o.loss():.4e}" for o in objectives.values()]
-            if resume is not None
-            else [],
+            **(_settings(objectives, metrics, known.vectors, coordinates) if resume else {}),
         },
         torch.full((len(objectives), len(quantities), total), math.nan, dtype=torch.float64),
     )
@@ -222,7 +221,11 @@ def surface(
             first = file.done(number)
             evaluations += total - first
             bar.update(first)
-            states = _states(objective, known.vectors, coordinates, first)
+            # Another model may differ in what is not varied.
+            whole = {} if each.model is objective.model else model_state(objective.model)
+            states = (
+                whole | state for state in _states(objective, known.vectors, coordinates, first)
+            )
             found = each.evaluate_states(states, metrics)
             for place, (loss, measured) in enumerate(found, start=first):
                 numbers = [loss, *measured.values()]
@@ -263,6 +266,29 @@ def _states(
             if amount:
                 moved.add_(row, alpha=amount)
         yield dict(zip(layout.names, layout.unflatten(moved), strict=True))
+
+
+def _settings(
+    objectives: Mapping[str, Objective],
+    metrics: Mapping[str, Metric],
+    vectors: Tensor,
+    coordinates: tuple[tuple[float, ...], ...],
+) -> dict[str, object]:
+    """What tells losses, data, metrics and buffers apart: values at the model and in a corner."""
+    first = next(iter(objectives.values()))
+    whole = model_state(first.model)
+    held = [
+        t.double().flatten().cpu() for n, t in sorted(whole.items()) if n not in first.parameters
+    ]
+    corner = next(_states(first, vectors, coordinates, 0))
+    at: dict[str, list[str]] = {"the loss at the model": [], "the loss or metrics in a corner": []}
+    for each in objectives.values():
+        found = list(each.evaluate_states([whole, whole | corner], metrics))
+        # But for what another machine rounds otherwise.
+        for (loss, measured), values in zip(found, at.values(), strict=True):
+            values += [f"{value:.4e}" for value in (loss, *measured.values())]
+    kept = torch.cat(held) if held else torch.zeros(0)
+    return {**at, "the model's buffers and other parameters": kept}
 
 
 def _coordinates(

@@ -45,11 +45,11 @@ def grouped(results: object) -> dict[str, list[Profile]]:
         raise InvalidArgumentError("plot was given an empty list; give one result at least.")
     for label, several in groups.items():
         for each in several[1:]:
-            if _places(each) != _places(several[0]) or _sets(each) != _sets(several[0]):
+            if _ground(each) != _ground(several[0]):
                 raise InvalidArgumentError(
                     f"plot draws results of one kind as a band, and those of {label!r} differ in "
-                    "their points or data sets; evaluate them alike, or give them labels of their "
-                    "own in a mapping."
+                    "their points, units or data sets; evaluate them alike, or give them labels of "
+                    "their own in a mapping."
                 )
     return groups
 
@@ -101,6 +101,12 @@ def _checked(result: Any) -> Profile:
 
 def _name(result: Profile) -> str:
     return f"{result.path} path" if isinstance(result, Interpolation) else result.labels[0]
+
+
+def _ground(result: Profile) -> tuple[object, ...]:
+    """What results must share to be drawn as one band."""
+    unit = "" if isinstance(result, Interpolation) else result.units[0]
+    return _places(result), _sets(result), unit
 
 
 def _places(result: Profile) -> tuple[float, ...]:
