@@ -243,8 +243,8 @@ def _check_function(call: str, model: nn.Module, permuted: nn.Module, inputs: An
         if one.numel() and float((one - other).abs().max()) > tolerance * size:
             raise InvalidArgumentError(
                 f"{call}: the permuted model has other outputs for these inputs, so that its "
-                "layers do not read units where they were taken to: convolutions and normalisations must "
-                "be called on batches, (N, C, …), and normalisations after linear layers on (N, C)."
+                "layers do not read units where they were taken to: convolutions and norms "
+                "must be called on batches, (N, C, …), and those after linear layers on (N, C)."
             )
 
 
