@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from flatminima.optimize.box import BoxMaximum, maximize_over_box
-from flatminima.optimize.lbfgsb import MEMORY
+from flatminima.algorithms.optimize.box import BoxMaximum, maximize_over_box
+from flatminima.algorithms.optimize.lbfgsb import MEMORY
 
 from .harness import arguments, machine, now, print_table
 

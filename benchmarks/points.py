@@ -24,7 +24,7 @@ from torch.func import functional_call, vmap
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import flatminima as fm
-from flatminima.nested import fingerprint
+from flatminima.support.trees import fingerprint
 
 from .harness import arguments, in_turns, machine, print_table
 from .models import MODELS, Problem

@@ -1,7 +1,7 @@
 """What a Hessian product over the data set costs, in gradients of the same data.
 
     python -m benchmarks.products
-    python -m benchmarks.products --models mlp lstm --methods kept rebuilt compile
+    python -m benchmarks.products --models mlp lstm --methods kept rebuilt
 
 The gradient is that of a plain training loop. Times are medians of measurements taken in turns.
 """
@@ -21,7 +21,7 @@ from .harness import arguments, in_turns, machine, print_table
 from .models import MODELS, Problem
 
 COLUMNS = 8
-METHODS = ("kept", "rebuilt", "columns", "batched", "compile", "gauss_newton")
+METHODS = ("kept", "rebuilt", "columns", "batched", "gauss_newton")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,11 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--quick", action="store_true", help="one small model, no compilation")
+    parser.add_argument("--quick", action="store_true", help="one small model")
     options = parser.parse_args(argv)
     if options.quick:
         options.models, options.rounds = ["mlp"], 1
-        options.methods = [m for m in options.methods if m != "compile"]
     torch.set_num_threads(options.threads)
     print(machine(options.device))
     print()
@@ -48,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rebuilt": "product, graph rebuilt",
         "columns": f"each of {COLUMNS} columns, graph kept",
         "batched": f"each of {COLUMNS}, batched autograd",
-        "compile": 'product, method="compile" (seconds to compile)',
         "gauss_newton": "Gauss–Newton product, graph kept",
     }
     header += [names[m] for m in options.methods]
@@ -63,7 +61,6 @@ def _row(name: str, problem: Problem, methods: Sequence[str], rounds: int) -> li
     vector = block[:, 0].contiguous()
     kept = fm.HessianOperator(objective, keep_graph=True)
     rebuilt = fm.HessianOperator(objective, keep_graph=False)
-    compiled = fm.HessianOperator(objective, method="compile")
     newton = fm.GaussNewtonOperator(objective, keep_graph=True)
     tasks: dict[str, Callable[[], object]] = {
         "gradient": problem.gradient,
@@ -71,13 +68,10 @@ def _row(name: str, problem: Problem, methods: Sequence[str], rounds: int) -> li
         "kept": lambda: kept @ vector,
         "rebuilt": lambda: rebuilt @ vector,
         "columns": lambda: kept @ block,
-        "compile": lambda: compiled @ vector,
         "gauss_newton": lambda: newton @ vector,
     }
     wanted = {n: t for n, t in tasks.items() if n in {"gradient", "own", *methods}}
     with contextlib.ExitStack() as sessions:
-        if "compile" in methods:
-            sessions.enter_context(compiled.session())
         if "gauss_newton" in methods:
             sessions.enter_context(newton.session())
         sessions.enter_context(kept.session())
@@ -89,8 +83,7 @@ def _row(name: str, problem: Problem, methods: Sequence[str], rounds: int) -> li
     cells = []
     for method in methods:
         share = seconds[method] / unit / (COLUMNS if method in ("columns", "batched") else 1)
-        note = f" ({compiled.compile_seconds:.0f} s)" if method == "compile" else ""
-        cells.append(f"{share:.2f}{note}")
+        cells.append(f"{share:.2f}")
     own = f"{seconds['own'] / unit:.2f}"
     return [name, f"{problem.size}", f"{unit * 1e3:.1f}", own, *cells, f"{held:.0f}"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import flatminima as fm
-from flatminima.vectors import Layout
+from flatminima.support.vectors import Layout
 from zoo import matrix_with_spectrum
 
 SIZE = 150

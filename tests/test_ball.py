@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flatminima as fm
-from flatminima.optimize.ball import BallMaximum, maximize_over_ball
+from flatminima.algorithms.optimize.ball import BallMaximum, maximize_over_ball
 from zoo import matrix_with_spectrum
 
 DOUBLE = torch.float64

@@ -19,8 +19,8 @@ from torch.utils.data import (
 )
 
 import flatminima as fm
-from flatminima import batches as room
-from flatminima.nested import to_device
+from flatminima.objective import batches as room
+from flatminima.support.trees import to_device
 from integrity import untouched
 from zoo import cut
 

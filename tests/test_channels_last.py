@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import flatminima as fm
-from flatminima.channels_last import is_marked
-from flatminima.second_derivatives import CheapSecondDerivatives
+from flatminima.derivatives.channels_last import is_marked
+from flatminima.derivatives.substitution import CheapSecondDerivatives
 
 
 class Net(nn.Module):

@@ -174,31 +174,6 @@ def test_data_stay_where_the_model_is(objectives):
         objectives[1].loss_at(vector)
 
 
-def test_captured_products_are_the_same(objectives):
-    host, device = objectives
-    plain = fm.HessianOperator(host)
-    operator = fm.HessianOperator(device, method="cuda_graph")
-    block = torch.randn(
-        host.size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    with operator.session():
-        for _ in range(3):
-            product = (operator @ block.cuda()).cpu()
-            torch.testing.assert_close(product, plain @ block, rtol=1e-9, atol=1e-12)
-            single = (operator @ block[:, 1].cuda()).cpu()
-            torch.testing.assert_close(single, plain @ block[:, 1], rtol=1e-9, atol=1e-12)
-        assert operator.kept_bytes > 0
-    assert operator.kept_bytes == 0
-    found = fm.lanczos(operator, k=2, tol=1e-6).eigenvalues
-    expected = fm.lanczos(plain, k=2, tol=1e-6).eigenvalues
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
-def test_captures_need_kept_graphs(objectives):
-    with pytest.raises(fm.InvalidArgumentError, match="keep_graph=False"):
-        fm.HessianOperator(objectives[1], method="cuda_graph", keep_graph=False)
-
-
 # ------------------------------------------------------------------- data that are read anew
 
 

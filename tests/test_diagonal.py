@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.estimators import diagonal as diagonal_module
-from flatminima.estimators import probes
-from flatminima.estimators.probes import t_factor
+from flatminima.algorithms.estimators import diagonal as diagonal_module
+from flatminima.algorithms.estimators import probes
+from flatminima.algorithms.estimators.probes import t_factor
 from spectra import MATRICES, SIZE, hidden, inside, low_rank
 from zoo import build, dense_hessian
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima import vectors as vectors_module
 from flatminima.measures import epsilon_sharpness as measure_module
-from flatminima.vectors import GaussianSubspace
+from flatminima.support import vectors as vectors_module
+from flatminima.support.vectors import GaussianSubspace
 from integrity import untouched
 from zoo import build, matrix_with_spectrum, quadratic_case
 

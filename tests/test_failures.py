@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import flatminima as fm
-from flatminima.failures import is_out_of_memory
-from flatminima.tracing import operation_name
+from flatminima.derivatives.tracing import operation_name
+from flatminima.support.failures import is_out_of_memory
 from integrity import untouched
 from zoo import NAMES, build, facts_of
 

@@ -89,7 +89,7 @@ def test_seeds_are_checked_everywhere(name):
 @EVERY
 @pytest.mark.parametrize("progress", [True, False])
 def test_bars_go_to_the_error_stream_or_nowhere(name, progress, capsys, monkeypatch):
-    monkeypatch.setattr("flatminima.progress.DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("flatminima.support.progress.DELAY_SECONDS", 0.0)
     net, loss_fn, data = net_and_data()
     FUNCTIONS[name](fm.Objective(net, loss_fn, data, progress=False), progress=progress)
     out, err = capsys.readouterr()

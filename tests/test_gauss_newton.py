@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import flatminima as fm
-from flatminima import loss_curvature
+from flatminima.operators.outputs import loss_curvature
 from oracles import dense_gauss_newton
 from zoo import NAMES_AND_DTYPES, build, dense_hessian, facts_of
 
@@ -500,7 +500,7 @@ def test_the_exact_diagonal_of_fisher_matrices(kind):
 
 @pytest.mark.parametrize("size", [1, 2**28])
 def test_the_memory_allowed_changes_no_diagonal(size, monkeypatch):
-    monkeypatch.setattr("flatminima.jacobians.BLOCK_BYTES", size)
+    monkeypatch.setattr("flatminima.operators.outputs.jacobians.BLOCK_BYTES", size)
     operator = fm.GaussNewtonOperator(build("conv_batch_norm").objective())
     expected = oracle("conv_batch_norm", torch.float64).diagonal()
     assert relative(operator.exact_diagonal(), expected) < 1e-10

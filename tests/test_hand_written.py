@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatminima.attention import multi_head_attention, scaled_dot_product_attention
-from flatminima.dense import layer_norm, linear
-from flatminima.pointwise import relu
-from flatminima.second_derivatives import CheapSecondDerivatives
+from flatminima.derivatives.attention import multi_head_attention, scaled_dot_product_attention
+from flatminima.derivatives.batch_norm import relu
+from flatminima.derivatives.linear_layers import layer_norm, linear
+from flatminima.derivatives.substitution import CheapSecondDerivatives
 
 
 def tensor(*shape, seed=0):

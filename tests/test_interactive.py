@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.landscape.path_losses import TrajectoryLosses
-from flatminima.landscape.principal import PrincipalResult, principal_components
 from flatminima.landscape.surface import Grid, Surface
-from flatminima.landscape.trajectory import Trajectory
+from flatminima.landscape.trajectory.path_losses import TrajectoryLosses
+from flatminima.landscape.trajectory.principal import PrincipalResult, principal_components
+from flatminima.landscape.trajectory.trajectory import Trajectory
 from flatminima.plotting import interactive as module
 from flatminima.plotting.interactive import interactive
 

@@ -1,9 +1,6 @@
 """Graphs kept between products: the same numbers, counted memory, nothing left behind."""
 
-import contextlib
-import functools
 import gc
-import shutil
 import weakref
 
 import pytest
@@ -14,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
-from flatminima import kept
-from flatminima.second_derivatives import CheapSecondDerivatives
+from flatminima.derivatives.substitution import CheapSecondDerivatives
+from flatminima.operators.products import graph_cache as kept
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randn(24, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -453,76 +450,6 @@ def test_operators_without_graphs_have_sessions_too():
         assert torch.equal(operator @ torch.ones(3), torch.ones(3))
 
 
-# --------------------------------------------------------------------------------- other methods
-
-needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-
-
-@needs_a_compiler
-def test_compiled_products_are_the_same_kept_and_rebuilt():
-    model = net(nn.BatchNorm1d(7))
-    # The last batch is smaller: two shapes to compile for.
-    objective = objective_of(model, batch_size=10)
-    hessian = dense(objective)
-    operator = fm.HessianOperator(objective, method="compile")
-    assert operator.compile_seconds == 0
-    block = vectors_for(objective, 2)
-    torch.testing.assert_close(operator @ block, hessian @ block)
-    assert operator.compile_seconds == 0  # the first pass looks whether there is a derivative
-    with operator.session():
-        for seed in range(3):
-            vector = vectors_for(objective, seed=seed)
-            torch.testing.assert_close(operator @ vector, hessian @ vector)
-        spent = operator.compile_seconds
-        assert spent > 0
-        assert operator.kept_bytes > 0
-        torch.testing.assert_close(operator @ block, hessian @ block)
-        move_statistics(model)
-        torch.testing.assert_close(operator @ block, dense(objective) @ block)
-        step(model)
-        torch.testing.assert_close(operator @ block, dense(objective) @ block)
-        assert operator.compile_seconds == spent
-        blocks = [[0, 1], [3]]
-        expected = fm.HessianOperator(objective).block_product(block[:, 0], blocks)
-        found = operator.block_product(block[:, 0], blocks)
-        torch.testing.assert_close(found, expected)
-    assert operator.kept_bytes == 0
-    torch.testing.assert_close(operator @ block, dense(objective) @ block)
-    assert operator.method == "compile"
-    result = fm.lanczos(operator, k=2)
-    exact = torch.linalg.eigvalsh(dense(objective)).flip(0)[:2]
-    torch.testing.assert_close(result.eigenvalues, exact, rtol=1e-4, atol=0)
-
-
-def test_what_cannot_be_compiled_says_why():
-    operator = fm.HessianOperator(objective_of(microbatch=3), method="compile")
-    operator @ vectors_for(operator.objective)
-    with pytest.raises(fm.NotCompiledError, match="in pieces"):
-        operator @ vectors_for(operator.objective)
-
-
-class Deciding(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x):
-        out = self.inner(x)
-        return out if out.sum() > 0 else -out
-
-
-def test_a_forward_that_looks_at_values_is_not_compiled():
-    operator = fm.HessianOperator(objective_of(Deciding()), method="compile")
-    operator @ vectors_for(operator.objective)
-    with pytest.raises(fm.NotCompiledError, match="asks for values"):
-        operator @ vectors_for(operator.objective)
-
-
-def test_cuda_graphs_need_a_cuda_device():
-    with pytest.raises(fm.DeviceError, match=r"needs the model on a CUDA device.*cpu"):
-        fm.HessianOperator(objective_of(), method="cuda_graph")
-
-
 # ------------------------------------------------------------------------- what else may change
 
 
@@ -603,33 +530,6 @@ OF_LOSS = {
 def test_tensors_of_the_loss_function_that_change_meanwhile_are_seen(kind):
     criterion = Weighted()
     check_change(net(), criterion, lambda: OF_LOSS[kind](criterion))
-
-
-@needs_a_compiler
-@pytest.mark.parametrize("session", [False, True])
-def test_compiled_products_follow_what_the_loss_depends_on(session):
-    model, criterion = Scaled(), Weighted()
-    objective = fm.Objective(model, criterion, (X, Y))
-    operator = fm.HessianOperator(objective, method="compile")
-    vector = vectors_for(objective)
-    changes = [
-        lambda: CHANGES["list"](model),
-        lambda: CHANGES["tensor"](model),
-        lambda: CHANGES["written"](model),
-        *(functools.partial(change, criterion) for change in OF_LOSS.values()),
-    ]
-    with operator.session() if session else contextlib.nullcontext():
-        for _ in range(3):
-            before = operator @ vector
-        for change in changes:
-            change()
-            expected = dense(objective) @ vector
-            assert not torch.allclose(expected, before)
-            for _ in range(2):
-                before = operator @ vector
-                torch.testing.assert_close(before, expected)
-    # One entry for each setting, however many products there were.
-    assert len(operator._known) == len(changes) - 2 + 1
 
 
 def test_a_loss_function_that_changes_meanwhile_is_seen():

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import flatminima as fm
-from flatminima.eigen.chain import select
-from flatminima.eigen.lanczos import LanczosSteps
+from flatminima.algorithms.eigen.chain import select
+from flatminima.algorithms.eigen.lanczos import LanczosSteps
 from zoo import matrix_with_spectrum
 
 N = 80

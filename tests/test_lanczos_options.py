@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import flatminima as fm
-from flatminima.eigen.basis import Basis
-from flatminima.eigen.chain import Chain, select, sum_bound
+from flatminima.algorithms.eigen.basis import Basis
+from flatminima.algorithms.eigen.chain import Chain, select, sum_bound
 from zoo import matrix_with_spectrum
 
 N = 400
@@ -492,7 +492,7 @@ LONG = 60_000
     ("narrow", "bytes_each"), [(None, 4), (torch.bfloat16, 2), (torch.float16, 2)]
 )
 def test_memory_does_not_grow_with_the_number_of_products(narrow, bytes_each, monkeypatch):
-    monkeypatch.setattr("flatminima.eigen.basis.STRIP", 2**14)
+    monkeypatch.setattr("flatminima.algorithms.eigen.basis.STRIP", 2**14)
     # Eigenvalues as dense as these take more products than any limit here.
     diagonal = torch.linspace(-1, 1, LONG)
     problem = fm.FunctionOperator(lambda vector: diagonal * vector, LONG)
@@ -518,7 +518,7 @@ def test_memory_does_not_grow_with_the_number_of_products(narrow, bytes_each, mo
 
 
 def test_a_restart_needs_no_second_basis(monkeypatch):
-    monkeypatch.setattr("flatminima.eigen.basis.STRIP", 2**14)
+    monkeypatch.setattr("flatminima.algorithms.eigen.basis.STRIP", 2**14)
     basis = Basis(fm.FunctionOperator(torch.clone, LONG), 30, LONG)
     basis.rows.normal_(generator=torch.Generator().manual_seed(0))
     before = basis.rows.clone()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flatminima as fm
-from flatminima.estimators.probes import t_factor
+from flatminima.algorithms.estimators.probes import t_factor
 from integrity import untouched
 from zoo import build, cached_dense_hessian
 

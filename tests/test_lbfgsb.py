@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatminima as fm
+from flatminima.algorithms.optimize import cauchy, chunks
+from flatminima.algorithms.optimize.box import maximize_over_box
+from flatminima.algorithms.optimize.lbfgsb import LBFGSB, MEMORY
+from flatminima.algorithms.optimize.line_search import LineSearch
 from flatminima.measures import epsilon_sharpness as measure_module
-from flatminima.optimize import cauchy, chunks
-from flatminima.optimize.box import maximize_over_box
-from flatminima.optimize.lbfgsb import LBFGSB, MEMORY
-from flatminima.optimize.line_search import LineSearch
 from zoo import NAMES, build, matrix_with_spectrum, quadratic_case
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flatminima as fm
-from flatminima.estimators.chains import gauss_quadrature
+from flatminima.algorithms.estimators.chains import gauss_quadrature
 from zoo import build, cached_dense_hessian, matrix_with_spectrum
 
 SPREAD = torch.cat([torch.tensor([300.0, 80.0, 40.0]), torch.linspace(0, 2, 57)]).double()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import flatminima as fm
-from flatminima.landscape.matching import Permutations, apply_permutations, match_weights
+from flatminima.landscape.symmetry.matching import Permutations, apply_permutations, match_weights
 from integrity import untouched
 
 

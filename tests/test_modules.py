@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import flatminima as fm
-from flatminima.modules import unwrapped
+from flatminima.objective.modules import unwrapped
 from integrity import untouched
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from flatminima.nested import (
+from flatminima.support.trees import (
     LANES,
     cut,
     fingerprint,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
-from flatminima import states
+from flatminima.objective import points as states
 from integrity import bits, untouched
 
 N = 20

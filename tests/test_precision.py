@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flatminima as fm
-from flatminima.precision import precision_notes, working_eps
+from flatminima.support.precision import precision_notes, working_eps
 from integrity import untouched
 
 CPU = torch.device("cpu")

@@ -14,12 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 import flatminima as fm
-from flatminima.products import (
-    SHRINKINGS,
-    GradientGraph,
-    central_differences,
-)
-from flatminima.vectors import Layout
+from flatminima.operators.products.differences import SHRINKINGS, central_differences
+from flatminima.operators.products.gradient_graph import GradientGraph
+from flatminima.support.vectors import Layout
 
 
 def seeded(*shape, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatminima.recurrent import twice_differentiable
+from flatminima.derivatives.recurrent import twice_differentiable
 
 OPTIONS = list(itertools.product((1, 2), (False, True), (False, True), (False, True)))
 

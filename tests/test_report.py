@@ -515,14 +515,14 @@ def test_nothing_is_printed(case, capsys):
 
 
 def test_without_progress_nothing_is_written_at_all(case, capsys, monkeypatch):
-    monkeypatch.setattr("flatminima.progress.DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("flatminima.support.progress.DELAY_SECONDS", 0.0)
     fm.sharpness(case.model, case.loss_fn, case.batches, trace_products=2, progress=False)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
 def test_progress_goes_to_the_error_stream(case, capsys, monkeypatch):
-    monkeypatch.setattr("flatminima.progress.DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("flatminima.support.progress.DELAY_SECONDS", 0.0)
     fm.sharpness(case.model, case.loss_fn, case.batches, trace_products=2)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import flatminima as fm
-from flatminima.rescaling import rescale
+from flatminima.landscape.symmetry.rescaling import rescale
 
 
 def seeded(build) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flatminima.second_derivatives import CheapSecondDerivatives
+from flatminima.derivatives.substitution import CheapSecondDerivatives
 
 
 def tensor(*shape, seed=0):

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from flatminima.settings import LONG, described, settings, tensor_identity, tensor_marks
+from flatminima.operators.products.fingerprint import (
+    LONG,
+    described,
+    settings,
+    tensor_identity,
+    tensor_marks,
+)
 
 
 class Plain:

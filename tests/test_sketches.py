@@ -8,9 +8,14 @@ import pytest
 import torch
 
 import flatminima as fm
-from flatminima.estimators import leave_one_out, sketch
-from flatminima.estimators.leave_one_out import deflated_blocks, xdiag, xtrace, xtrace_blocks
-from flatminima.estimators.sketch import Sketch
+from flatminima.algorithms.estimators import leave_one_out, sketch
+from flatminima.algorithms.estimators.leave_one_out import (
+    deflated_blocks,
+    xdiag,
+    xtrace,
+    xtrace_blocks,
+)
+from flatminima.algorithms.estimators.sketch import Sketch
 from spectra import MATRICES, SIZE, hidden, low_rank
 
 BLOCKS = (40, 0, 1, 80, 29)

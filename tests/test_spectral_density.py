@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 import flatminima as fm
-from flatminima.estimators import chains
-from flatminima.estimators.chains import gauss_quadrature
+from flatminima.algorithms.estimators import chains
+from flatminima.algorithms.estimators.chains import gauss_quadrature
 from zoo import build, cached_dense_hessian, matrix_with_spectrum
 
 LINE = torch.linspace(-2, 9, 25).double()

@@ -12,9 +12,9 @@ from scipy import special
 from torch import nn
 
 import flatminima as fm
-from flatminima.estimators import probes, stopping
-from flatminima.estimators import trace as trace_module
-from flatminima.estimators.probes import t_factor
+from flatminima.algorithms.estimators import probes, stopping
+from flatminima.algorithms.estimators import trace as trace_module
+from flatminima.algorithms.estimators.probes import t_factor
 from spectra import MATRICES, SIZE, hidden, inside, low_rank
 from zoo import build, cached_dense_hessian, dense_hessian, matrix_with_spectrum
 

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.landscape import principal as principal_module
-from flatminima.landscape import trajectory as trajectory_module
-from flatminima.landscape.path_losses import path_losses
-from flatminima.landscape.principal import (
+from flatminima.landscape.trajectory import trajectory as trajectory_module
+from flatminima.landscape.trajectory import principal as principal_module
+from flatminima.landscape.trajectory.path_losses import path_losses
+from flatminima.landscape.trajectory.principal import (
     PrincipalResult,
     TrajectoryLosses,
     principal_components,
 )
-from flatminima.landscape.snapshots import Snapshots
-from flatminima.landscape.trajectory import Trajectory
+from flatminima.landscape.trajectory.snapshots import Snapshots
+from flatminima.landscape.trajectory.trajectory import Trajectory
 from integrity import untouched
 from zoo import build, quadratic_case
 

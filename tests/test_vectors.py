@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import flatminima as fm
-from flatminima.vectors import GaussianSubspace, Layout, check_vector, select_parameters
+from flatminima.objective.selection import select_parameters
+from flatminima.support.vectors import GaussianSubspace, Layout, check_vector
 from zoo import TiedAutoencoder, build, names_of
 
 BASIC = pytest.mark.parametrize("name", names_of("basic"))

@@ -265,23 +265,6 @@ class NotTwiceDifferentiableError(FlatMinimaError, RuntimeError):
         self.operation, self.module = operation, module
 
 
-class NotCompiledError(FlatMinimaError, RuntimeError):
-    """A product cannot be compiled, or its compiled form does not give the product.
-
-    Attributes:
-        reason: why, as a part of a sentence.
-
-    Examples:
-        >>> import flatminima as fm
-        >>> print(fm.NotCompiledError("the forward asks for values"))
-        The product cannot be compiled: the forward asks for values. Use method='auto'.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"The product cannot be compiled: {reason}. Use method='auto'.")
-        self.reason = reason
-
-
 class DeviceMemoryError(FlatMinimaError, RuntimeError):
     """A batch does not fit into the memory of the device; PyTorch's error is its cause.
 

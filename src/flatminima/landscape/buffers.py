@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch, located
 from ..errors import InvalidArgumentError
-from ..failures import explained
-from ..forward import Evaluated, Forward
-from ..guards import evaluating
-from ..nested import to_device
-from ..objective import Objective, check_objective
-from ..passes import Copies
-from ..randomness import reseed
-from ..weights import example_count
+from ..objective.batches import Batch, located
+from ..objective.forward import Evaluated, Forward
+from ..objective.guards import evaluating
+from ..objective.objective import Objective, check_objective
+from ..objective.passes import Copies
+from ..objective.weights import example_count
+from ..support.failures import explained
+from ..support.randomness import reseed
+from ..support.trees import to_device
 from .endpoints import VARIANCE, State, check_same, model_state
 
 __all__ = ["batch_statistics", "recomputed_buffers", "recomputed_names", "tracked_layers"]

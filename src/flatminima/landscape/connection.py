@@ -12,16 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..batches import Batch
-from ..checks import check_choice, check_integer, check_positive
 from ..errors import InvalidArgumentError
-from ..forward import Forward
-from ..metrics import Metric
-from ..objective import Objective, check_objective
-from ..progress import progress_bar
-from ..randomness import Seed, as_generator
+from ..objective.batches import Batch
+from ..objective.forward import Forward
+from ..objective.metrics import Metric
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Result, Table, format_number, reading_notes
-from ..vectors import all_finite
+from ..support.checks import check_choice, check_integer, check_positive
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, as_generator
+from ..support.vectors import all_finite
 from .buffers import batch_statistics, recomputed_names
 from .data_sets import check_metrics, named_objectives
 from .endpoints import Between, Endpoint, State, checked_points

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..metrics import Metric
-from ..objective import Objective, check_objective
+from ..objective.metrics import Metric
+from ..objective.objective import Objective, check_objective
 
 __all__ = ["check_metrics", "named_objectives"]
 

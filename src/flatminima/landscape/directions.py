@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError, ShapeError
-from ..objective import Objective
+from ..objective.objective import Objective
 from ..results import Result, Table, format_number
-from ..vectors import all_finite, check_vector
+from ..support.vectors import all_finite, check_vector
 
 __all__ = [
     "UNITS",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
-from ..modules import unwrapped, without_prefix
-from ..objective import Objective
-from ..vectors import check_vector
+from ..objective.modules import unwrapped, without_prefix
+from ..objective.objective import Objective
+from ..support.vectors import check_vector
 
 __all__ = [
     "VARIANCE",

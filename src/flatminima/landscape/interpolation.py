@@ -9,13 +9,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..checks import check_choice
 from ..errors import InvalidArgumentError
-from ..metrics import Metric
-from ..objective import Objective, check_objective
-from ..precision import precision_notes
-from ..progress import progress_bar
+from ..objective.metrics import Metric
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..support.checks import check_choice
+from ..support.precision import precision_notes
+from ..support.progress import progress_bar
 from .buffers import recomputed_buffers, recomputed_names
 from .data_sets import check_metrics, named_objectives
 from .endpoints import Between, Endpoint, State, checked_points

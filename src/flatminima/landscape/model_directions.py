@@ -8,16 +8,16 @@ from typing import Literal
 
 import torch
 
-from ..checks import check_choice, check_instance, check_integer
-from ..eigen.lanczos import lanczos
-from ..eigen.result import EigenResult
+from ..algorithms.eigen.lanczos import lanczos
+from ..algorithms.eigen.result import EigenResult
 from ..errors import InvalidArgumentError, NonFiniteError, ShapeError
-from ..objective import Objective, check_objective
+from ..objective.objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
 from ..operators.linear import LinearOperator, check_operator
-from ..randomness import Seed
 from ..results import Outcome, format_number
-from ..vectors import all_finite, check_vector
+from ..support.checks import check_choice, check_instance, check_integer
+from ..support.randomness import Seed
+from ..support.vectors import all_finite, check_vector
 from .directions import UNITS, Directions, check_independent, finite_point, inner, model_norm
 from .endpoints import Endpoint, endpoint_state, model_state
 

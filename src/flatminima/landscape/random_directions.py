@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_instance, check_integer
 from ..errors import InvalidArgumentError
-from ..objective import Objective, check_objective
-from ..randomness import Seed, as_generator
+from ..objective.objective import Objective, check_objective
 from ..results import format_number
+from ..support.checks import check_choice, check_instance, check_integer
+from ..support.randomness import Seed, as_generator
 from .directions import UNITS, Directions, check_independent, finite_point, inner, model_norm
 
 __all__ = ["random_directions"]

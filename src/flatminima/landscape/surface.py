@@ -11,13 +11,13 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, check_number, check_positive
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..metrics import Metric
-from ..objective import Objective, check_objective
-from ..precision import precision_notes
-from ..progress import progress_bar
+from ..objective.metrics import Metric
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..support.checks import check_integer, check_number, check_positive
+from ..support.precision import precision_notes
+from ..support.progress import progress_bar
 from .data_sets import check_metrics, named_objectives
 from .directions import Directions, check_directions
 from .endpoints import model_state

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, check_positive
+from ..algorithms.estimators.probes import spread
+from ..algorithms.estimators.stopping import check_rtol, conclude, ended, looks, settled
 from ..errors import ConvergenceError, ConvergenceWarning, warn
-from ..estimators.probes import spread
-from ..estimators.stopping import check_rtol, conclude, ended, looks, settled
-from ..objective import Objective, check_objective
-from ..precision import precision_notes, resolution
-from ..progress import progress_bar
-from ..randomness import Seed
+from ..objective.derived import with_normalized_logits
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
-from ..variants import with_normalized_logits
+from ..support.checks import check_integer, check_positive
+from ..support.precision import precision_notes, resolution
+from ..support.progress import progress_bar
+from ..support.randomness import Seed
 from .noise import Noise, magnitudes
 from .result import Measurement, MeasureResult
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..checks import check_positive
 from ..errors import InvalidArgumentError, ShapeError, StateMismatchError, closest
-from ..objective import Objective, check_objective
-from ..precision import precision_notes, resolution
-from ..progress import progress_bar
-from ..randomness import Seed, as_generator
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
-from ..vectors import check_vector
+from ..support.checks import check_positive
+from ..support.precision import precision_notes, resolution
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, as_generator
+from ..support.vectors import check_vector
 from .result import Measurement, MeasureResult, counted
 
 __all__ = ["CriticalSharpnessResult", "critical_sharpness"]

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, check_positive
+from ..algorithms.optimize.box import SOLVERS, maximize_over_box
 from ..errors import InvalidArgumentError
-from ..objective import Objective, check_objective
-from ..optimize.box import SOLVERS, maximize_over_box
-from ..precision import precision_notes
-from ..progress import progress_bar
-from ..randomness import Seed
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
-from ..vectors import GaussianSubspace
+from ..support.checks import check_choice, check_integer, check_positive
+from ..support.precision import precision_notes
+from ..support.progress import progress_bar
+from ..support.randomness import Seed
+from ..support.vectors import GaussianSubspace
 from .result import Measurement, MeasureResult
 
 __all__ = ["SharpnessResult", "epsilon_sharpness"]

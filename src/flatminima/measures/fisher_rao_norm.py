@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from ..checks import check_choice
-from ..objective import Objective, check_objective
+from ..objective.objective import Objective, check_objective
 from ..operators.gauss_newton import FisherOperator
-from ..randomness import Seed, as_generator
 from ..results import Outcome, Table, format_number
+from ..support.checks import check_choice
+from ..support.randomness import Seed, as_generator
 from .result import Measurement, MeasureResult
 
 __all__ = ["FisherRaoResult", "fisher_rao_norm"]

@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
-from ..objective import Objective, check_objective
-from ..precision import precision_notes
-from ..randomness import Seed, as_generator
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
+from ..support.precision import precision_notes
+from ..support.randomness import Seed, as_generator
 from .result import Measurement, MeasureResult
 
 __all__ = ["GradientNormResult", "gradient_norm"]

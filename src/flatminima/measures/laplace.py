@@ -9,16 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_positive
-from ..eigen.result import EigenResult
+from ..algorithms.eigen.result import EigenResult
+from ..algorithms.estimators.chains import gauss_quadrature
+from ..algorithms.estimators.quadrature import Quadrature, truncation_notes
 from ..errors import InvalidArgumentError, NotPositiveDefiniteError
-from ..estimators.chains import gauss_quadrature
-from ..estimators.quadrature import Quadrature, truncation_notes
-from ..objective import Objective, check_objective
+from ..objective.objective import Objective, check_objective
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.linear import LinearOperator, check_operator
-from ..randomness import Seed
 from ..results import Outcome, Table, format_number
+from ..support.checks import check_positive
+from ..support.randomness import Seed
 from .result import Measurement, MeasureResult
 
 __all__ = ["LaplaceResult", "laplace_log_evidence"]

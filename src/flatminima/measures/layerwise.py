@@ -8,16 +8,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import check_integer
-from ..eigen.lanczos import LanczosSteps, Steps
-from ..eigen.result import EigenResult, check_tolerance
+from ..algorithms.eigen.lanczos import LanczosSteps, Steps
+from ..algorithms.eigen.result import EigenResult, check_tolerance
+from ..algorithms.estimators.probes import deflated_samples, spread
 from ..errors import ConvergenceWarning, warn
-from ..estimators.probes import deflated_samples, spread
-from ..objective import Objective, check_objective
+from ..objective.objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
-from ..progress import progress_bar
-from ..randomness import Seed, as_generator
 from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..support.checks import check_integer
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, as_generator
 
 __all__ = ["LayerCurvature", "LayerwiseResult", "layerwise"]
 

@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..checks import check_integer, check_positive
+from ..algorithms.estimators.probes import spread
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..estimators.probes import spread
-from ..objective import Objective, check_objective
-from ..precision import precision_notes
-from ..progress import progress_bar
-from ..randomness import Seed
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
+from ..support.checks import check_integer, check_positive
+from ..support.precision import precision_notes
+from ..support.progress import progress_bar
+from ..support.randomness import Seed
 from .noise import NoisyRise
 from .result import Measurement, MeasureResult
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
 from ..errors import InvalidArgumentError
-from ..metrics import Metric, classification_error
-from ..objective import Objective
-from ..precision import resolution
-from ..randomness import Seed, one_seed
+from ..objective.metrics import Metric, classification_error
+from ..objective.objective import Objective
+from ..support.checks import check_choice
+from ..support.precision import resolution
+from ..support.randomness import Seed, one_seed
 
 __all__ = ["Noise", "NoisyRise", "magnitudes"]
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, check_positive
-from ..objective import Objective, check_objective
-from ..precision import precision_notes
-from ..progress import progress_bar
-from ..randomness import Seed, as_generator
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Result, Table, format_number, reading_notes
+from ..support.checks import check_choice, check_integer, check_positive
+from ..support.precision import precision_notes
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, as_generator
 from .result import Measurement, MeasureResult
 
 __all__ = ["RandomSharpnessResult", "TensorSharpness", "random_sharpness"]

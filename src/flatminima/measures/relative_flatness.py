@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integer
+from ..algorithms.estimators.trace import trace
 from ..errors import InvalidArgumentError
-from ..estimators.trace import trace
-from ..objective import Objective, check_objective
+from ..objective.objective import Objective, check_objective
+from ..objective.selection import matching
 from ..operators.hessian import HessianOperator
 from ..operators.linear import LinearOperator
 from ..operators.restricted import BlockOperator
-from ..progress import progress_bar
-from ..randomness import Seed, as_generator
 from ..results import Outcome, Result, Table, format_number
-from ..vectors import matching
+from ..support.checks import check_integer
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, as_generator
 from .result import Measurement, MeasureResult
 
 __all__ = ["LayerFlatness", "RelativeFlatnessResult", "relative_flatness"]

@@ -9,15 +9,15 @@ from collections.abc import Generator
 
 from torch import Tensor
 
-from ..checks import check_integer, check_positive
+from ..algorithms.optimize.ball import BallMaximum, maximize_over_ball
 from ..errors import FlatMinimaError, InvalidArgumentError
-from ..objective import Objective, check_objective
-from ..optimize.ball import BallMaximum, maximize_over_ball
-from ..precision import precision_notes, resolution
-from ..progress import progress_bar
-from ..randomness import Seed, as_generator
+from ..objective.derived import groups_of, with_normalized_logits
+from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
-from ..variants import groups_of, with_normalized_logits
+from ..support.checks import check_integer, check_positive
+from ..support.precision import precision_notes, resolution
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, as_generator
 from .noise import magnitudes
 from .result import Measurement, MeasureResult, counted
 

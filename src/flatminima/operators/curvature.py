@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..derivatives.missing import where
+from ..derivatives.tracing import GraphTrace
 from ..errors import (
     FiniteDifferenceWarning,
     InvalidArgumentError,
@@ -19,16 +20,15 @@ from ..errors import (
     NotTwiceDifferentiableError,
     warn,
 )
-from ..evaluation import Prepare
-from ..forward import Evaluated
-from ..kept import Graph, KeepGraph, KeptGraphs
-from ..objective import Objective, check_objective
-from ..precision import precision_notes, working_eps
-from ..products import PerLeaf, where
-from ..randomness import as_generator, rademacher
-from ..tracing import GraphTrace
-from ..vectors import Layout
+from ..objective.forward import Evaluated
+from ..objective.objective import Objective, check_objective
+from ..support.checks import check_choice
+from ..support.precision import precision_notes, working_eps
+from ..support.randomness import as_generator, rademacher
+from ..support.vectors import Layout
 from .linear import LinearOperator, Reader
+from .products.gradient_graph import PerLeaf
+from .products.graph_cache import Graph, KeepGraph, KeptGraphs
 
 __all__ = ["CurvatureOperator", "Part"]
 
@@ -63,7 +63,7 @@ class CurvatureOperator(LinearOperator):
                 f"The 'keep_graph' argument of {call} must be True, False or 'auto'; got "
                 f"{keep_graph!r}."
             )
-        self._kept = KeptGraphs(objective, keep_graph, method=method)
+        self._kept = KeptGraphs(objective, keep_graph)
         self._insists = method not in ("auto", "finite_differences")
         self.method = "double_backward" if method == "auto" else method
         self.reason = ""
@@ -211,7 +211,6 @@ class CurvatureOperator(LinearOperator):
             derivatives=2,
             rows=rows,
             kept=kept.seen,
-            prepare=self._preparation(),
             outputs_only=self._outputs_only,
         )
         if not math.isnan(loss):
@@ -219,10 +218,6 @@ class CurvatureOperator(LinearOperator):
             eps = working_eps(self.objective.model, self.device)
             self.floor = max(100 * torch.finfo(self.dtype).eps, eps) * abs(loss)
         return product
-
-    def _preparation(self) -> Prepare | None:
-        """What prepares a batch in place of a graph; None where nothing does."""
-        return None
 
     def _difference(self, vector: Tensor) -> Tensor:
         eps = working_eps(self.objective.model, self.device)

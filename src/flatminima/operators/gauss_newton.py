@@ -10,29 +10,31 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..checks import check_choice, check_integer
+from ..derivatives.gradients import accumulated, checkpoints_reentrantly
+from ..derivatives.missing import where
+from ..derivatives.tracing import LOSS, GraphTrace
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotTwiceDifferentiableError, warn
-from ..forward import Evaluated
-from ..gradients import accumulated, checkpoints_reentrantly
-from ..guards import no_checkpoint_warning
-from ..jacobians import jacobian_diagonal
-from ..kept import Graph, KeepGraph
-from ..loss_curvature import (
+from ..objective.forward import Evaluated
+from ..objective.guards import no_checkpoint_warning
+from ..objective.objective import Objective, check_objective
+from ..objective.weights import split_pair
+from ..support.checks import check_choice, check_integer
+from ..support.randomness import Seed, as_generator, rademacher, reseed
+from ..support.trees import mapped, to_device
+from .curvature import CurvatureOperator, Part
+from .outputs.fisher import check_examples, drawn_scores, given_scores, likelihood_curvature
+from .outputs.jacobians import jacobian_diagonal
+from .outputs.loss_curvature import (
     OutputMatrix,
     loss_gradient,
     loss_hessian,
     outputs_at,
     places_in,
 )
-from ..nested import mapped, to_device
-from ..objective import Objective, check_objective
-from ..output_products import OutputGraph
-from ..products import PerLeaf, extrapolated, where
-from ..randomness import Seed, as_generator, rademacher, reseed
-from ..scores import check_examples, drawn_scores, given_scores, likelihood_curvature
-from ..tracing import LOSS, GraphTrace
-from ..weights import split_pair
-from .curvature import CurvatureOperator, Part
+from .products.differences import extrapolated
+from .products.gradient_graph import PerLeaf
+from .products.graph_cache import Graph, KeepGraph
+from .products.output_graph import OutputGraph
 
 __all__ = ["FisherOperator", "GaussNewtonOperator"]
 

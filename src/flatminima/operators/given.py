@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_integer
 from ..errors import (
     ArgumentTypeError,
     DeviceError,
@@ -18,6 +17,7 @@ from ..errors import (
     NotSymmetricError,
     ShapeError,
 )
+from ..support.checks import check_device, check_integer
 from .linear import LinearOperator
 
 __all__ = ["FunctionOperator", "MatrixOperator"]

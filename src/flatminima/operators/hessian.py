@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..batches import Batch
-from ..errors import DeviceError, InvalidArgumentError, NotCompiledError
-from ..evaluation import Prepare
-from ..forward import Evaluated, LossOf
-from ..kept import CompiledGraph, HessianGraph, KeepGraph
-from ..objective import Objective
-from ..products import Block, GradientGraph, PerLeaf, central_differences
-from ..settings import settings, tensor_identity
-from ..tracing import GraphTrace
+from ..derivatives.tracing import GraphTrace
+from ..objective.forward import Evaluated
+from ..objective.objective import Objective
 from .curvature import CurvatureOperator
-
-if TYPE_CHECKING:
-    from ..compiled import CompiledProducts
+from .products.differences import central_differences
+from .products.gradient_graph import Block, GradientGraph, PerLeaf
+from .products.graph_cache import KeepGraph
 
 __all__ = ["HessianOperator"]
 
-Method = Literal["auto", "double_backward", "finite_differences", "compile", "cuda_graph"]
-METHODS = ("auto", "double_backward", "finite_differences", "compile", "cuda_graph")
+Method = Literal["auto", "double_backward", "finite_differences"]
+METHODS = ("auto", "double_backward", "finite_differences")
 
 
 class HessianOperator(CurvatureOperator):
@@ -43,10 +37,7 @@ class HessianOperator(CurvatureOperator):
     Args:
         objective: what is differentiated twice, at the model's present parameters.
         method: "auto": exact where possible; "double_backward" insists on it;
-            "finite_differences" asks for differences; "compile" has PyTorch's Inductor compile
-            the product, once for each shape of batch (which takes a C++ compiler, or Triton on a
-            GPU, and up to minutes), and check it; "cuda_graph" captures the products on kept
-            graphs, which spares small models on a GPU the launching of kernels.
+            "finite_differences" asks for differences.
         keep_graph: what a session may keep: "auto" for graphs of as many batches as fit into a
             quarter of the memory that is free at its beginning, True for all, False for none.
             Models that write to their tensors, and batches in pieces, have theirs rebuilt.
@@ -65,10 +56,7 @@ class HessianOperator(CurvatureOperator):
     Raises:
         NonFiniteError: from a product, when the loss of a batch is not finite.
         NotTwiceDifferentiableError: from a product, when an operation has no second derivative
-            and `method` is none of "auto" and "finite_differences".
-        NotCompiledError: from a product with "compile": the product cannot be compiled.
-        DeviceError: "cuda_graph" for a model that is not on a CUDA device.
-        GraphError: from a product with "cuda_graph": it cannot be captured.
+            and `method` is "double_backward".
 
     Warns:
         FiniteDifferenceWarning: from the first product, when "auto" falls back to differences;
@@ -91,24 +79,6 @@ class HessianOperator(CurvatureOperator):
         keep_graph: KeepGraph = "auto",
     ) -> None:
         super().__init__(objective, method=method, methods=METHODS, keep_graph=keep_graph)
-        if method == "cuda_graph" and objective.device.type != "cuda":
-            raise DeviceError(
-                "HessianOperator(method='cuda_graph') needs the model on a CUDA device; it is on "
-                f"{objective.device}. Use method='auto'."
-            )
-        if method == "cuda_graph" and keep_graph is False:
-            raise InvalidArgumentError(
-                "HessianOperator(method='cuda_graph') captures products on kept graphs; leave "
-                "keep_graph=False out."
-            )
-        self._compiled: CompiledProducts | None = None
-        # What the settings that were compiled for know by its identity.
-        self._known: dict[Hashable, list[Any]] = {}
-
-    @property
-    def compile_seconds(self) -> float:
-        """Time that `method="compile"` has spent on tracing, compiling and checking so far."""
-        return 0.0 if self._compiled is None else self._compiled.compile_seconds
 
     def block_product(self, vector: Tensor, blocks: Sequence[Block]) -> Tensor:
         """The product with diagonal blocks of H, those of `blocks`, shape (n,) → (n,).
@@ -119,7 +89,7 @@ class HessianOperator(CurvatureOperator):
         """
         layout = self.objective.layout
 
-        def part(graph: HessianGraph, keep: bool) -> PerLeaf:
+        def part(graph: GradientGraph, keep: bool) -> PerLeaf:
             return graph.block_product(vector, blocks, keep=keep)
 
         def differences() -> Tensor:
@@ -131,48 +101,9 @@ class HessianOperator(CurvatureOperator):
 
         return self._exact_or(part, differences, rows=1)[0]
 
-    def _preparation(self) -> Prepare | None:
-        """What compiles the product of a batch; None where that is not asked for, or not yet."""
-        objective = self.objective
-        if self.method != "compile" or not self._examined:
-            return None
-        if not objective.keeps_graphs:
-            raise NotCompiledError(
-                "batches are evaluated in pieces, or the model writes to its tensors"
-            )
-        if self._compiled is None:
-            # Only now, for a quick start of the library.
-            from ..compiled import CompiledProducts
-
-            self._compiled = CompiledProducts()
-        compiled = self._compiled
-        setting: Hashable = None
-
-        def prepare(
-            batch: Batch, loss: LossOf, leaves: dict[str, Tensor], others: dict[str, Tensor]
-        ) -> Evaluated:
-            nonlocal setting
-            if setting is None:
-                model, criterion = objective.model, objective.criterion
-                found, known = settings(model, criterion, self.device, tensor_identity)
-                setting = (objective.mode, found)
-                self._known.setdefault(setting, known)
-            product = compiled.prepare(
-                loss,
-                leaves,
-                others,
-                batch.data,
-                setting=setting,
-                keep=self._kept.keeps,
-            )
-            graph = CompiledGraph(product, objective.layout)
-            return Evaluated(batch, product.loss, None, None, leaves, graph)
-
-        return prepare
-
     def _graph(
         self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None
-    ) -> HessianGraph:
+    ) -> GradientGraph:
         return GradientGraph(seen.loss, leaves, self.objective.layout, trace)
 
     def _quotient(self, vector: Tensor, eps: float) -> tuple[Tensor, float]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_instance
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..vectors import Layout, check_vector, matching
+from ..objective.selection import matching
+from ..support.checks import check_instance
+from ..support.vectors import Layout, check_vector
 from .linear import LinearOperator, Reader, check_operator
 
 __all__ = ["BlockOperator", "PreconditionedOperator", "ProjectedOperator"]

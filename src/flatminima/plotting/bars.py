@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from ..comparison import Comparison
-from ..estimators.result import TraceResult
+from ..algorithms.estimators.result import TraceResult
 from ..measures.gradient_norm import GradientNormResult
 from ..measures.layerwise import LayerwiseResult
 from ..measures.random_sharpness import RandomSharpnessResult
 from ..measures.relative_flatness import RelativeFlatnessResult
+from ..report.comparison import Comparison
 from ..report.result import SharpnessReport
 from .axes import (
     BLUE,

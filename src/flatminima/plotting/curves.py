@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from ..eigen.result import EigenResult
-from ..estimators.broadening import resolved
-from ..estimators.density import SpectralDensity
+from ..algorithms.eigen.result import EigenResult
+from ..algorithms.estimators.broadening import resolved
+from ..algorithms.estimators.density import SpectralDensity
 from ..landscape.interpolation import Interpolation
 from .axes import BLUE, GREY, SERIES, VERMILLION, finite, new_axis
 

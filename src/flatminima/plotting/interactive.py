@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-from ..checks import check_instance
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.interpolation import Interpolation
-from ..landscape.path_losses import TrajectoryLosses
-from ..landscape.principal import PrincipalResult
 from ..landscape.surface import Surface
+from ..landscape.trajectory.path_losses import TrajectoryLosses
+from ..landscape.trajectory.principal import PrincipalResult
 from ..results import Result
+from ..support.checks import check_instance
 from .axes import GREY, SERIES, VERMILLION
 from .surfaces import check_plane
 

@@ -8,15 +8,13 @@ from typing import Any, Literal
 
 from matplotlib.axes import Axes
 
-from ..checks import check_choice
-from ..comparison import Comparison
-from ..eigen.result import EigenResult
+from ..algorithms.eigen.result import EigenResult
+from ..algorithms.estimators.density import SpectralDensity
+from ..algorithms.estimators.result import TraceResult
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..estimators.density import SpectralDensity
-from ..estimators.result import TraceResult
 from ..landscape.interpolation import Interpolation
-from ..landscape.principal import PrincipalResult
 from ..landscape.surface import Surface
+from ..landscape.trajectory.principal import PrincipalResult
 from ..measures.critical_sharpness import CriticalSharpnessResult
 from ..measures.gradient_norm import GradientNormResult
 from ..measures.layerwise import LayerwiseResult
@@ -24,9 +22,11 @@ from ..measures.local_energy import LocalEnergyResult
 from ..measures.pac_bayes_sharpness import PacBayesResult
 from ..measures.random_sharpness import RandomSharpnessResult
 from ..measures.relative_flatness import RelativeFlatnessResult
+from ..report.comparison import Comparison
 from ..report.invariance import InvarianceTable
 from ..report.result import SharpnessReport
 from ..results import Result
+from ..support.checks import check_choice
 from .axes import in_style
 from .bars import (
     draw_comparison,

@@ -13,10 +13,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from ..checks import check_instance, check_number
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..landscape.principal import PrincipalResult
 from ..landscape.surface import Surface
+from ..landscape.trajectory.principal import PrincipalResult
+from ..support.checks import check_instance, check_number
 from .axes import BLUE, GREY, SERIES, VERMILLION, figure_size, finite, new_axis
 
 __all__ = ["KINDS", "check_plane", "draw_surface"]

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..checks import check_choice
 from ..errors import ArgumentTypeError, InvalidArgumentError, closest
 from ..measures.average_sharpness import average_sharpness
 from ..measures.critical_sharpness import critical_sharpness
@@ -19,6 +18,7 @@ from ..measures.random_sharpness import random_sharpness
 from ..measures.relative_flatness import relative_flatness
 from ..measures.result import MeasureResult
 from ..measures.sam_sharpness import sam_sharpness
+from ..support.checks import check_choice
 
 __all__ = ["FAMILY", "Options", "chosen_measures"]
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..checks import check_choice, check_positive
 from ..errors import ArgumentTypeError, InvalidArgumentError
-from ..randomness import Seed, one_seed
-from ..rescaling import rescale
+from ..landscape.symmetry.rescaling import rescale
 from ..results import Result, Table, format_number
+from ..support.checks import check_choice, check_positive
+from ..support.randomness import Seed, one_seed
 from .family import Options
 from .result import SharpnessReport
 from .sharpness import sharpness

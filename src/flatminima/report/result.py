@@ -6,9 +6,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from ..eigen.result import EigenResult
-from ..estimators.density import SpectralDensity
-from ..estimators.result import TraceResult
+from ..algorithms.eigen.result import EigenResult
+from ..algorithms.estimators.density import SpectralDensity
+from ..algorithms.estimators.result import TraceResult
 from ..measures.epsilon_sharpness import SharpnessResult
 from ..measures.random_sharpness import RandomSharpnessResult
 from ..measures.result import HEADER, Measurement, MeasureResult

@@ -9,22 +9,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_integer
-from ..eigen.lanczos import lanczos
+from ..algorithms.eigen.lanczos import lanczos
+from ..algorithms.estimators.spectral_density import spectral_density
+from ..algorithms.estimators.trace import trace
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotPositiveDefiniteError
-from ..estimators.spectral_density import spectral_density
-from ..estimators.trace import trace
 from ..measures.gradient_norm import gradient_norm
 from ..measures.result import MeasureResult
-from ..modules import drops
-from ..objective import Objective
+from ..objective.microbatches import Microbatch
+from ..objective.modules import drops
+from ..objective.objective import Objective
+from ..objective.selection import Selection
 from ..operators.curvature import CurvatureOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.hessian import HessianOperator
-from ..pieces import Microbatch
-from ..progress import progress_bar
-from ..randomness import Seed, one_seed
-from ..vectors import Selection
+from ..support.checks import check_integer
+from ..support.progress import progress_bar
+from ..support.randomness import Seed, one_seed
 from .family import FAMILY, Options, chosen_measures
 from .result import SharpnessReport
 

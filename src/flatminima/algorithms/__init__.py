@@ -1,0 +1,1 @@
+"""Eigensolvers, estimators and maximisers; none of them knows a model."""

@@ -1,0 +1,184 @@
+"""What an eigensolver returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError, warn
+from ...results import Outcome, Result, Table, format_number, reading_notes
+from ...support.checks import check_choice, check_integer, check_positive
+
+__all__ = ["EigenResult"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EigenResult(Result):
+    """Eigenpairs of a symmetric operator, best first, each with its residual.
+
+    Attributes:
+        eigenvalues: (k,) in float64 on the host, signs kept.
+        eigenvectors: (n, k) of the operator's dtype on its device, orthonormal columns; None
+            once dropped.
+        residuals: (k,) ‖A u − λ u‖ in float64: some eigenvalue lies within that of λ.
+        outcome: converged, stopped at the product limit, or as exact as the products are.
+        products: number of products with the operator that it took.
+        which: the end of the spectrum that was asked for.
+        tol: the tolerance that was asked for, relative to the largest |Ritz value|.
+        method: the name of the solver.
+        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        notes: what a reader should know about how it was computed.
+
+    Examples:
+        >>> import torch, flatminima as fm
+        >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([4, -7, 1])))
+        >>> print(fm.lanczos(operator, k=2, which="LM", tol=1e-6))
+        2 eigenpairs (LM) by lanczos
+        pair  eigenvalue  residual
+        ────  ──────────  ────────
+        1             -7  3.11e-14
+        2              4  3.11e-14
+        Note: Converged: every residual is within the tolerance. 4 products.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor | None
+    residuals: Tensor
+    outcome: Outcome
+    products: int
+    which: str
+    tol: float
+    method: str
+    readings: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converged(self) -> bool:
+        """Whether every residual is within the tolerance."""
+        return self.outcome is Outcome.CONVERGED
+
+    def without_vectors(self) -> EigenResult:
+        """The same result without its eigenvectors, for keeping or writing to a file."""
+        return dataclasses.replace(self, eigenvectors=None)
+
+    def part(self, which: Literal["LA", "SA"], count: int) -> EigenResult:
+        """The `count` largest ("LA") or smallest ("SA") of the pairs, best first.
+
+        The number of products remains that of the whole, and so does the outcome, but for residuals
+        that only the inexactness of the products keeps above the tolerance: where none of these is
+        among the pairs taken, the part has converged.
+
+        Raises:
+            InvalidArgumentError: more pairs than there are.
+
+        Examples:
+            >>> import torch, flatminima as fm
+            >>> operator = fm.MatrixOperator(torch.diag(torch.tensor([4.0, -7.0, 1.0, 2.0])))
+            >>> both = fm.lanczos(operator, k=(2, 1), which="BE", tol=1e-5)
+            >>> [round(value) for value in both.part("LA", 2).eigenvalues.tolist()]
+            [4, 2]
+            >>> [round(value) for value in both.part("SA", 1).eigenvalues.tolist()]
+            [-7]
+        """
+        check_choice("EigenResult.part", "which", which, ("LA", "SA"))
+        check_integer("EigenResult.part", "count", count, low=1, high=len(self.eigenvalues))
+        order = self.eigenvalues.argsort(descending=which == "LA", stable=True)[:count]
+        vectors, outcome = self.eigenvectors, self.outcome
+        bound = self.tol * float(self.eigenvalues.abs().max())
+        if outcome is Outcome.INEXACT_PRODUCTS and bool((self.residuals[order] <= bound).all()):
+            outcome = Outcome.CONVERGED
+        return dataclasses.replace(
+            self,
+            outcome=outcome,
+            eigenvalues=self.eigenvalues[order],
+            eigenvectors=None if vectors is None else vectors[:, order.to(vectors.device)],
+            residuals=self.residuals[order],
+            which=which,
+        )
+
+    def _table(self) -> Table:
+        rows = tuple(
+            (str(i), format_number(value, 6), format_number(residual, 3))
+            for i, (value, residual) in enumerate(
+                zip(self.eigenvalues.tolist(), self.residuals.tolist(), strict=True), start=1
+            )
+        )
+        return Table(
+            header=("pair", "eigenvalue", "residual"),
+            rows=rows,
+            title=f"{len(rows)} eigenpairs ({self.which}) by {self.method}",
+            notes=(
+                f"{self.outcome.value} {self.products} products.",
+                *reading_notes(self.readings),
+                *self.notes,
+            ),
+        )
+
+
+ROUNDING = 20
+"""Residuals below this many units of the operator's precision cannot be told from rounding."""
+
+
+def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:
+    """`tol` when products in `dtype` are exact enough to reach it."""
+    tol = check_positive(call, "tol", tol)
+    least = ROUNDING * float(torch.finfo(dtype).eps)
+    if tol < least:
+        raise InvalidArgumentError(
+            f"The 'tol' argument of {call} must be at least {least:.1e} for products in {dtype}; "
+            f"got {tol!r}. Rounding hides smaller residuals; use a float64 model for more."
+        )
+    return tol
+
+
+BASIS_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_basis_type(call: str, dtype: torch.dtype, wide: torch.dtype, tol: float) -> None:
+    """Refuse a type for the basis that is wider than the products', or too narrow for `tol`."""
+    if dtype not in BASIS_TYPES or torch.finfo(dtype).eps < torch.finfo(wide).eps:
+        raise InvalidArgumentError(
+            f"The 'basis_dtype' argument of {call} must be a floating type no wider than that of "
+            f"the products, {wide}: torch.bfloat16, torch.float16 or torch.float32; got {dtype!r}."
+        )
+    least = float(torch.finfo(dtype).eps)
+    if dtype != wide and tol < least:
+        raise InvalidArgumentError(
+            f"The 'tol' argument of {call} must be at least {least:.1e} with a basis in {dtype}; "
+            f"got {tol!r}. A vector rounded to that type has larger residuals; use "
+            "basis_device='cpu' to save memory on a GPU without rounding."
+        )
+
+
+def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> EigenResult:
+    """`result`, after warning (or raising, when `strict`) if residuals are above `bound`."""
+    if result.converged:
+        return result
+    late = int((result.residuals > bound).sum())
+    worst = (
+        f"the largest residual is {float(result.residuals.max()):.2e}, the tolerance {bound:.2e}"
+    )
+    if result.outcome is Outcome.INEXACT_PRODUCTS:
+        message = (
+            f"{call}: the products are differences of gradients, and their estimated error keeps "
+            f"{late} of {len(result.eigenvalues)} residuals above the tolerance; {worst}. Raise "
+            "tol, or use a float64 model."
+        )
+    elif late:
+        message = (
+            f"{call}: {late} of {len(result.eigenvalues)} eigenpairs did not converge within "
+            f"{result.products} products; {worst}. Raise max_products or tol, or ask for fewer "
+            "pairs."
+        )
+    else:
+        message = (
+            f"{call}: the limit of products came, after {result.products}, before the search for "
+            f"pairs that may have been missed had ended; {worst}. Raise max_products."
+        )
+    if strict:
+        raise ConvergenceError(message, result)
+    warn(message, ConvergenceWarning)
+    return result

@@ -1,0 +1,129 @@
+"""Products with random vectors, a block at a time, and the spread of what they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...operators.linear import LinearOperator
+from ...support.randomness import rademacher
+
+__all__ = [
+    "BLOCK_BYTES",
+    "blocks",
+    "deflated_samples",
+    "diagonal_by_unit_vectors",
+    "products_of",
+    "spread",
+    "t_factor",
+]
+
+BLOCK_BYTES = 2**28
+"""Of the vectors that are multiplied at a time."""
+
+
+def blocks(operator: LinearOperator, count: int) -> Iterator[slice]:
+    """Slices of `count` vectors that take `BLOCK_BYTES` at most, or are one vector."""
+    width = max(1, BLOCK_BYTES // (operator.shape[0] * operator.dtype.itemsize))
+    for start in range(0, count, width):
+        yield slice(start, min(start + width, count))
+
+
+def products_of(operator: LinearOperator, rows: Tensor, step: Callable[[int], object]) -> Tensor:
+    """The products with the rows (k, n), block by block; each block is told to `step`.
+
+    Raises:
+        NonFiniteError: a product holds NaN or infinity.
+    """
+    out = torch.empty_like(rows)
+    for block in blocks(operator, len(rows)):
+        out[block] = operator._finite(operator._products(rows[block]))
+        step(block.stop - block.start)
+    return out
+
+
+def t_factor(samples: int) -> float:
+    """What the standard error of so many samples must be multiplied by to cover as it should.
+
+    Two standard errors cover the truth in 95.4 % of the cases where σ is known. Where it is
+    estimated, Student's t says how much wider the interval must be.
+
+    Examples:
+        >>> round(t_factor(3), 2), round(t_factor(10), 2), round(t_factor(100), 2)
+        (2.26, 1.16, 1.01)
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(samples - 1, 0.5 * (1 + math.erf(math.sqrt(2))))) / 2
+
+
+def spread(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard error of the samples along the first axis, in float64.
+
+    A single sample is exact. The standard error is widened by `t_factor`.
+    """
+    count = len(samples)
+    if count == 1:
+        return samples[0], torch.zeros_like(samples[0])
+    deviation = samples.std(dim=0, correction=1)
+    return samples.mean(dim=0), deviation * (t_factor(count) / math.sqrt(count))
+
+
+def deflated_samples(
+    operator: LinearOperator,
+    count: int,
+    generator: torch.Generator,
+    sizes: tuple[int, ...],
+    step: Callable[[int], object],
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Samples of the traces of diagonal blocks by Rademacher vectors g (Hutchinson 1989).
+
+    Args:
+        operator: A.
+        count: of samples.
+        generator: draws the vectors.
+        sizes: of the diagonal blocks.
+        step: is told how many products have been taken.
+        project: rows → rows, an orthogonal projection Π; the blocks are then those of Π A Π.
+
+    Returns:
+        gᵦᵀ (Π A Π g)ᵦ for each sample and block β, shape (count, blocks), float64 on the host.
+    """
+    n = operator.shape[0]
+    forms: list[Tensor] = []
+    for block in blocks(operator, count):
+        rows = block.stop - block.start
+        signs = rademacher(rows, n, generator, dtype=operator.dtype, device=operator.device)
+        vectors = signs if project is None else project(signs)
+        products = operator._products(vectors)
+        if len(sizes) == 1:
+            forms.append(torch.linalg.vecdot(vectors, products).unsqueeze(1))
+        else:
+            terms = signs * (products if project is None else project(products))
+            forms.append(
+                torch.stack([t.sum(dim=1) for t in torch.split(terms, list(sizes), dim=1)], dim=1)
+            )
+        step(rows)
+    # One transfer for all; what is not finite is found there.
+    return operator._finite(torch.cat(forms).cpu().double())
+
+
+def diagonal_by_unit_vectors(operator: LinearOperator, step: Callable[[int], object]) -> Tensor:
+    """The diagonal, shape (n,), from n products.
+
+    Raises:
+        NonFiniteError: a product holds NaN or infinity.
+    """
+    n = operator.shape[0]
+    out = torch.empty(n, dtype=operator.dtype, device=operator.device)
+    for block in blocks(operator, n):
+        rows = torch.arange(block.stop - block.start, device=operator.device)
+        units = torch.zeros(len(rows), n, dtype=operator.dtype, device=operator.device)
+        units[rows, rows + block.start] = 1
+        out[block] = operator._products(units)[rows, rows + block.start]
+        step(len(rows))
+    return operator._finite(out)

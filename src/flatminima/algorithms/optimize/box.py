@@ -1,0 +1,167 @@
+"""Maximisation over a box around the origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ...results import Outcome
+from ...support.randomness import Seed, as_generator
+
+if TYPE_CHECKING:
+    from .lbfgsb import LBFGSB
+    from .scipy_box import ScipyLBFGSB
+
+__all__ = ["SOLVERS", "BoxMaximum", "maximize_over_box"]
+
+GRADIENT_SCALE = 100.0
+"""Mean |gradient| per box half-width that the solver is shown at the start."""
+
+SOLVERS = ("lbfgsb", "scipy")
+
+ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxMaximum:
+    """The best point that was evaluated.
+
+    Attributes:
+        point: (n,), within the box; zeros when nothing better than the centre was found.
+        value: the function there.
+        evaluations: how often value and gradient were computed, the centre included.
+        outcome: why the start that found it stopped.
+    """
+
+    point: Tensor
+    value: float
+    evaluations: int
+    outcome: Outcome
+
+
+def maximize_over_box(
+    function: ValueAndGradient,
+    half_width: Tensor,
+    *,
+    iterations: int,
+    restarts: int = 0,
+    climbs: int = 0,
+    seed: Seed = 0,
+    solver: Literal["lbfgsb", "scipy"] = "lbfgsb",
+    on_evaluation: Callable[[float], None],
+) -> BoxMaximum:
+    """Maximise over { x : |x_i| ≤ h_i } with L-BFGS-B (Byrd, Lu, Nocedal, Zhu 1995), from x = 0.
+
+    It is run in the coordinates u = x / h, on the function times a constant that makes its mean
+    absolute gradient at the start 100: in the raw coordinates the solver's first step has the
+    length of the gradient, which has nothing to do with the size of the box, and SciPy's
+    stopping tests, which are absolute, end it at once near a minimum. Neither changes
+    the problem. Near a minimum the function is convex, and every corner that is reached can be a
+    local maximum, often after an iteration or two: what is left of the iterations then goes into
+    starts from random corners. Where the gradient at the centre is zero, the first start is one.
+
+    Args:
+        function: x (n,) → value and gradient (n,), which is overwritten.
+        half_width: h (n,), not negative.
+        iterations: of L-BFGS-B, all starts together; a start takes one at least.
+        restarts: how many times more the same number of iterations, from random corners alone.
+        climbs: number of corners, the best point's and then random ones, of which single
+            coordinates are flipped as long as that raises the function; a pass over the
+            coordinates costs n evaluations, so this is for few dimensions.
+        seed: of the random corners.
+        solver: "lbfgsb", on the device of h and in its precision, or "scipy", on the host in
+            float64.
+        on_evaluation: called with the best value after each evaluation.
+    """
+    size = half_width.numel()
+    center = torch.zeros_like(half_width)
+    start = function(center)
+    slope = float((start[1] * half_width).abs().mean())
+    best_value, best_point, evaluations = start[0], center, 1
+    on_evaluation(best_value)
+    scale = GRADIENT_SCALE / slope if slope > 0 else 1.0
+    # Memory for points, used again unless they turn out to be the best.
+    spare = torch.empty_like(half_width)
+    # Value and gradient at the centre, which are not computed again for the start from there.
+    known = [start] if slope > 0 else []
+    del start, center
+    zero = half_width.new_zeros(())
+
+    def evaluated(point: Tensor) -> tuple[float, Tensor]:
+        nonlocal best_value, best_point, evaluations
+        value, gradient = function(point)
+        evaluations += 1
+        if value > best_value and math.isfinite(value):
+            best_value, best_point = value, point
+        on_evaluation(best_value)
+        return value, gradient
+
+    def downhill(u: Tensor) -> tuple[float, Tensor]:
+        nonlocal spare
+        if known:
+            value, gradient = known.pop()
+        else:
+            before = best_point
+            value, gradient = evaluated(torch.mul(half_width, u, out=spare))
+            spare = before if best_point is spare else spare
+        return -scale * value, torch.addcmul(zero, gradient, half_width, value=-scale, out=gradient)
+
+    def climb(corner: Tensor) -> None:
+        height = evaluated(corner)[0]
+        improved = True
+        while improved:
+            improved = False
+            for i in range(size):
+                other = corner.clone()
+                other[i] = -other[i]
+                value = evaluated(other)[0]
+                if value > height:
+                    corner, height, improved = other, value, True
+
+    def random_signs() -> Tensor:
+        dtype, device = half_width.dtype, generator.device
+        bits = torch.randint(2, (size,), generator=generator, dtype=dtype, device=device)
+        return bits.mul_(2).sub_(1).to(half_width)
+
+    generator = as_generator(seed, half_width.device)
+    search = _solver(solver)(size, dtype=half_width.dtype, device=half_width.device)
+    at_center = slope > 0
+    outcome, unbounded = Outcome.NO_ASCENT, False
+    for _ in range(1 + restarts):
+        left = iterations
+        while left > 0:
+            if not at_center:
+                search.point.copy_(random_signs())
+            before = best_value
+            stopped, used = search.minimize(downhill, left)
+            left -= max(1, used)
+            at_center = False
+            unbounded = unbounded or stopped is Outcome.UNBOUNDED
+            if best_value > before:
+                outcome = stopped
+    del search
+    searched = best_value
+    for i in range(climbs):
+        signs = random_signs() if i else torch.where(best_point < 0, -1.0, 1.0).to(half_width)
+        climb(half_width * signs)
+    if best_value > searched:
+        outcome = Outcome.STATIONARY
+    if unbounded:
+        outcome = Outcome.UNBOUNDED
+    return BoxMaximum(best_point, best_value, evaluations, outcome)
+
+
+def _solver(name: str) -> type[LBFGSB] | type[ScipyLBFGSB]:
+    """Loaded when it is needed, for a quick start of the library."""
+    if name == "scipy":
+        from .scipy_box import ScipyLBFGSB
+
+        return ScipyLBFGSB
+    from .lbfgsb import LBFGSB
+
+    return LBFGSB

@@ -1,0 +1,1 @@
+"""Second derivatives where PyTorch's are missing, wrong or slow."""

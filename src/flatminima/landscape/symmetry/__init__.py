@@ -1,0 +1,1 @@
+"""Other weights with the same function: rescaling and permutations."""

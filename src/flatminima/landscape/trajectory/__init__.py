@@ -1,0 +1,1 @@
+"""Snapshots of a training, their principal components and losses."""

@@ -1,0 +1,155 @@
+"""One call of the model: the loss of a batch at replaced tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import ArgumentTypeError, LossNotScalarError
+from ..support.trees import mapped
+from .batches import Batch
+from .weights import has_closed_form, split_pair
+
+__all__ = ["Evaluated", "Forward", "Within"]
+
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What became of one batch, shown while the replaced tensors are still in the module."""
+
+    batch: Batch
+    loss: Tensor
+    """ℓ_b, a scalar with its graph, or without it where only the output's is wanted."""
+    output: Any
+    """Of the model, and the target: None under `batch_loss`."""
+    target: Any
+    tensors: dict[str, Tensor]
+    """The parameters that the loss was computed with."""
+    prepared: Any = None
+    """The graph that was kept of the batch, whose loss then has none."""
+
+
+Within = Callable[[], AbstractContextManager[object]]
+"""Makes what is entered while the model and its loss are computed."""
+
+
+class Forward(nn.Module):
+    """Around the model, so that `functional_call` reaches all of it.
+
+    The tensors are replaced inside the model itself while this runs, so that a `batch_loss` that
+    calls `model.encoder(...)` or reads `model.weight` sees the replaced ones too, and so does
+    activation checkpointing, which runs parts of the model again during the derivative.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any] | None,
+        batch_loss: Callable[[nn.Module, Any], Any] | None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Wrapped, so that a criterion that is a module is not taken for a part of the model.
+        self.functions = (loss_fn, batch_loss)
+
+    @property
+    def criterion(self) -> object:
+        """The loss function, of whichever kind it is."""
+        return self.functions[1] if self.functions[0] is None else self.functions[0]
+
+    def evaluate(
+        self,
+        batch: Batch,
+        others: Mapping[str, Tensor],
+        parameters: dict[str, Tensor],
+        visit: Callable[[Evaluated], None],
+        within: Within = contextlib.nullcontext,
+        *,
+        outputs_only: bool = False,
+    ) -> Tensor:
+        """ℓ_b without its graph, after `visit` has seen it; with `outputs_only`, likewise."""
+
+        def run() -> Tensor:
+            with within():
+                seen = self._run(batch, parameters, outputs_only=outputs_only)
+            visit(seen)
+            return seen.loss.detach()
+
+        return self.replaced(run, others, parameters)
+
+    def replaced(
+        self, run: Callable[[], R], others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> R:
+        """Run something with these tensors in the model."""
+        replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
+        result: R = functional_call(self, replaced, (run,))
+        return result
+
+    def forward(self, run: Callable[[], R]) -> R:
+        """What `functional_call` calls."""
+        return run()
+
+    def _run(
+        self, batch: Batch, parameters: dict[str, Tensor], *, outputs_only: bool = False
+    ) -> Evaluated:
+        loss_fn, batch_loss = self.functions
+        output: Any = None
+        target: Any = None
+        if batch_loss is not None:
+            loss = batch_loss(self.model, batch.data)
+        else:
+            assert loss_fn is not None
+            inputs, target = split_pair(batch.data, batch.index)
+            try:
+                output = self.model(inputs)
+                if not outputs_only:
+                    loss = loss_fn(output, target)
+                elif has_closed_form(loss_fn):
+                    with torch.no_grad():
+                        loss = loss_fn(output, target)
+                else:
+                    # A copy: the loss function may write to its argument.
+                    loss = loss_fn(mapped(output, torch.clone), target)
+            except (TypeError, AttributeError) as error:
+                strange = next((v for v in (inputs, output) if _is_structured(v)), None)
+                if strange is None:
+                    raise
+                raise ArgumentTypeError(
+                    f"loss_fn(model(input), target) fails with {type(error).__name__}: {error}. "
+                    f"The {'input' if strange is inputs else 'output'} is a "
+                    f"{type(strange).__name__}; say what to do with it by batch_loss=lambda "
+                    "model, batch: ..., for instance model(**batch).loss."
+                ) from error
+        return Evaluated(batch, _checked_loss(loss, batch), output, target, parameters)
+
+
+def _is_structured(value: Any) -> bool:
+    return value is not None and not isinstance(value, Tensor)
+
+
+def _checked_loss(loss: Any, batch: Batch) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise LossNotScalarError(
+            f"The loss of batch {batch.index} is a {type(loss).__name__}, not a tensor; "
+            "return the loss tensor itself, without .item() or float()."
+        )
+    if loss.numel() != 1:
+        raise LossNotScalarError(
+            f"The loss of batch {batch.index} has shape {tuple(loss.shape)}, not one value; "
+            'use reduction="mean" (or "sum"), or average it yourself.'
+        )
+    if not loss.dtype.is_floating_point:
+        raise LossNotScalarError(
+            f"The loss of batch {batch.index} is of type {loss.dtype}; it must be real."
+        )
+    scalar: Tensor = loss.reshape(())
+    return scalar

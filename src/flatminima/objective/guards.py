@@ -1,0 +1,306 @@
+"""How modules and PyTorch are set while a model is evaluated, and put back afterwards."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+
+from ..derivatives.recurrent import twice_differentiable
+from ..derivatives.weight_norm import DifferentiableWeightNorm, has_weight_norm
+from ..support.trees import same_values
+
+__all__ = ["Derivatives", "Guard", "evaluating", "no_checkpoint_warning"]
+
+Derivatives = Literal[0, 1, 2]
+"""How many times a loss is going to be differentiated by the parameters."""
+
+
+@contextlib.contextmanager
+def evaluating(
+    model: nn.Module,
+    criterion: object,
+    mode: str,
+    derivatives: Derivatives,
+    *,
+    copies: bool,
+) -> Iterator[Guard]:
+    """Training flags as `mode` wants them, derivatives possible, compiled code run eagerly.
+
+    For second derivatives attention runs under the MATH kernel and recurrent modules without
+    their fused kernels. They do so too wherever a module is in training mode: each kernel draws
+    dropout in its own way, and values, gradients and products must speak of the same function.
+
+    Args:
+        model: without wrappers.
+        criterion: the loss function, guarded too when it is a module.
+        mode: as in `Objective`.
+        derivatives: how many will be taken.
+        copies: give the modules copies of the tensors among their plain attributes, and the
+            criterion of its buffers.
+    """
+    modules = list(model.modules())
+    judges = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
+    guarded = [*modules, *judges]
+    bound = _Bound(guarded, copies=copies)
+    with contextlib.ExitStack() as stack:
+        stack.callback(bound.restore, bound.present())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        twins = _twins([*map(vars, [*modules, *judges]), *(m._buffers for m in judges)], copies)
+        if mode != "keep":
+            # Set one by one: a model's own train() may do more than set flags. Put back likewise,
+            # as scripted modules do not have theirs among their attributes.
+            for module in modules:
+                if module.training != (mode == "train"):
+                    stack.callback(setattr, module, "training", module.training)
+                    module.training = mode == "train"
+        # The fast path of nn.TransformerEncoder is taken only without gradients, and pads in
+        # another way: it would make the loss another function than its gradient's.
+        stack.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        if parametrize._cache_enabled:
+            # Within `parametrize.cached()` a weight made once would stay where it was.
+            stack.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
+            parametrize._cache_enabled = 0
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if derivatives == 0:
+            stack.enter_context(no_checkpoint_warning())
+        if derivatives == 2 and any(map(has_weight_norm, modules)):
+            stack.enter_context(DifferentiableWeightNorm())
+        if derivatives == 2 or any(m.training for m in modules):
+            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+            for module in modules:
+                if isinstance(module, nn.RNNBase):
+                    # On the instance, so that no hook of the user's changes its place.
+                    unfused = functools.partial(_unfused, module.forward)
+                    vars(module)["forward"] = (
+                        twice_differentiable(module, unfused) if derivatives == 2 else unfused
+                    )
+        yield Guard(bound, twins)
+
+
+class Guard:
+    """Undoes, after each batch, what its forward has left in the modules."""
+
+    def __init__(self, bound: _Bound, twins: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._bound, self._present, self._twins = bound, bound.present(), twins
+
+    def restore(self) -> bool:
+        """Undo it, so that no batch sees another's.
+
+        What a forward binds to its modules (a recurrent layer's list of weights, the normed
+        weight of `spectral_norm`, a cache, a hidden state) was made from replaced parameters.
+
+        Returns:
+            Whether tensors that attributes lead to had been written to, if copies were given.
+        """
+        wrote = self._bound.restore(self._present)
+        changed = [(own, twin) for own, twin in self._twins if not same_values(own, twin)]
+        with torch.no_grad():
+            for own, twin in changed:
+                twin.copy_(own)
+        return wrote or bool(changed)
+
+
+def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor, Tensor]]:
+    """The tensors bound in `owners`, each with the copy that has taken its place."""
+    pairs = []
+    for bound in owners if copies else ():
+        for name, value in list(bound.items()):
+            if isinstance(value, Tensor):
+                bound[name] = value.detach().clone()
+                pairs.append((value.detach(), bound[name]))
+    return pairs
+
+
+def _unfused(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A recurrent module's forward without cuDNN's and oneDNN's kernels, its own alone."""
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    enabled = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        return forward(*args, **kwargs)
+    finally:
+        for backend, flag in zip(backends, enabled, strict=True):
+            backend.enabled = flag
+
+
+@contextlib.contextmanager
+def no_checkpoint_warning() -> Iterator[None]:
+    """Reentrant checkpointing warns that gradients will be None where none are wanted."""
+    warn = getattr(torch.utils.checkpoint, "check_backward_validity", None)
+    if warn is None:
+        yield
+        return
+    try:
+        torch.utils.checkpoint.check_backward_validity = lambda inputs: None  # noqa: ARG005
+        yield
+    finally:
+        torch.utils.checkpoint.check_backward_validity = warn
+
+
+class _Bound:
+    """What is bound to modules, and what their attributes lead to.
+
+    That is: what is bound to plain objects (a configuration), what containers hold, tensors and
+    arrays within these, and the states of random generators.
+
+    Args:
+        modules: with their attributes.
+        copies: keep copies of the tensors and arrays, to undo writes to them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], *, copies: bool) -> None:
+        owners = [vars(m) for m in modules]
+        values = _reached([v for o in owners for n, v in o.items() if n not in _OF_MODULES])
+        own = [o[name] for o in owners for name in ("_parameters", "_buffers", "_modules")]
+        self._bound = [*owners, *own, *(vars(v) for v in values if _is_plain(v))]
+        hooks = [o[name] for o in owners for name in _HOOKS if name in o]
+        held = [*(v for v in values if isinstance(v, _CONTAINERS)), *hooks]
+        self._empty = [v for v in held if not v]
+        self._filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for v in held if v]
+        self._thorough = copies
+        self._arrays = [(v, v.copy()) for v in values if copies and isinstance(v, np.ndarray)]
+        self._tensors = [
+            (v, v._version, v.detach().clone())
+            for v in values
+            if copies and isinstance(v, Tensor) and not v.is_inference()
+        ]
+        self._generators = [(v, _state(v)) for v in values if isinstance(v, _generator_types())]
+
+    def present(self) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
+        """What is bound now, for `restore`."""
+        return [(d, dict(d), [*map(id, d.values())]) for d in self._bound]
+
+    def restore(self, kept: list[tuple[dict[str, Any], dict[str, Any], list[int]]]) -> bool:
+        """Bind what was bound then, and undo the rest; whether tensors had been written to."""
+        for bound, before, ids in kept:
+            if [*map(id, bound.values())] != ids:
+                _refill(bound, before)
+        if any(self._empty):
+            for held in self._empty:
+                held.clear()
+        for held, members in self._filled:
+            if not _same_members(held, members, thorough=self._thorough):
+                _refill(held, members)
+        wrote = False
+        for array, numbers in self._arrays:
+            if array.dtype != object and not np.array_equal(array, numbers):
+                array[...] = numbers
+                wrote = True
+        for number, (tensor, version, content) in enumerate(self._tensors):
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(content)
+                self._tensors[number] = (tensor, tensor._version, content)
+                wrote = True
+        for generator, state in self._generators:
+            _set_state(generator, state)
+        return wrote
+
+
+def _refill(held: Any, members: Any) -> None:
+    """Make a container hold `members` again; a dictionary in their order."""
+    if isinstance(held, dict):
+        for key in [k for k in held if k not in members]:
+            del held[key]
+        held.update(members)
+        if list(held) != list(members):
+            for key, value in members.items():
+                del held[key]
+                held[key] = value
+        return
+    held.clear()
+    if isinstance(held, set):
+        held.update(members)
+    else:
+        held.extend(members)
+
+
+_CONTAINERS = (list, dict, set, collections.deque)
+LARGE = 1000
+"""Entries from which a container is looked through only while copies are kept."""
+
+
+# What every module has: bound to it like the rest, but not to be followed.
+_OF_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = tuple(n for n, v in vars(nn.Module()).items() if isinstance(v, dict) and "hooks" in n)
+
+
+def _reached(attributes: Sequence[Any]) -> list[Any]:
+    """What plain attributes lead to, through containers, tuples and plain objects."""
+    found: dict[int, Any] = {}
+    waiting = [v for v in attributes if not isinstance(v, _ATOMS)]
+    own = {id(v) for v in waiting if isinstance(v, Tensor)}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _ATOMS) or id(value) in found:
+            continue
+        if isinstance(value, (nn.Module, nn.Parameter)) or id(value) in own:
+            continue
+        found[id(value)] = value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (tuple, *_CONTAINERS)):
+            waiting += value
+        elif _is_plain(value):
+            waiting += vars(value).values()
+    return list(found.values())
+
+
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+
+
+def _same_members(container: Any, before: Any, *, thorough: bool) -> bool:
+    """Whether it holds the very same objects in the same order."""
+    if len(container) != len(before) or (len(before) >= LARGE and not thorough):
+        return len(container) == len(before)
+    if isinstance(container, dict):
+        return [*map(id, container.values())] == [*map(id, before.values())] and (
+            list(container) == list(before)
+        )
+    return [*map(id, container)] == [*map(id, before)]
+
+
+@functools.cache
+def _generator_types() -> tuple[type, ...]:
+    """Named when they are first needed: NumPy loads its random numbers only then."""
+    return torch.Generator, np.random.Generator, np.random.RandomState, random.Random
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    read = getattr(generator, "getstate", None) or generator.get_state
+    return read()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        (getattr(generator, "setstate", None) or generator.set_state)(state)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is an object with attributes of its own, neither code nor tensor nor module."""
+    code = (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
+    return hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, *code))

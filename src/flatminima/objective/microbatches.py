@@ -1,0 +1,189 @@
+"""Batches in pieces, where they do not fit into memory whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import DeviceMemoryError, FlatMinimaError, InvalidArgumentError
+from ..support.checks import check_integer
+from ..support.failures import is_out_of_memory
+from ..support.trees import cut, length_of
+from .batches import Batch
+from .modules import drops
+
+__all__ = ["Microbatch", "Pieces"]
+
+Microbatch = int | Literal["auto"] | None
+
+Evaluate = Callable[[Batch], None]
+
+
+class Pieces:
+    """How batches are cut: not at all, to a given size, or as memory demands.
+
+    A piece's loss is weighted like a batch's, so the pieces of a batch add up to its own loss,
+    provided that this is a mean over its examples.
+
+    Args:
+        size: as `microbatch` of `Objective`.
+        weight: of a piece, given its data and the batch's number.
+        is_sum: whether the losses are sums, which add up without weights.
+        model: asked for batch norm and dropout.
+        mode: as in `Objective`.
+    """
+
+    def __init__(
+        self,
+        size: Microbatch,
+        weight: Callable[[Any, int], float],
+        *,
+        is_sum: bool,
+        model: nn.Module,
+        mode: str,
+    ) -> None:
+        if isinstance(size, str) and size != "auto":
+            raise InvalidArgumentError(
+                "The 'microbatch' argument of Objective must be an integer ≥ 1, 'auto' or None; "
+                f"got {size!r}."
+            )
+        if size is not None and size != "auto":
+            size = check_integer("Objective", "microbatch", size, low=1)
+        self._auto = size == "auto"
+        self._size = None if size is None or size == "auto" else size
+        self._weight, self._is_sum = weight, is_sum
+        if size is not None:
+            _check_modules(model, mode)
+        self._to_check = size is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether no batch is ever cut."""
+        return self._size is None and not self._auto
+
+    def each(self, batch: Batch, evaluate: Evaluate) -> None:
+        """Evaluate the batch, whole or piece by piece.
+
+        Raises:
+            InvalidArgumentError: the batch cannot be cut.
+            DeviceMemoryError: not even one example fits into memory.
+        """
+        count = length_of(batch.data)
+        start = 0
+        while True:
+            size = self._size
+            piece = batch
+            if size is not None and (count is None or size < count):
+                piece = self.piece(batch, start, start + size, count)
+            failure = None
+            if piece.weight > 0:
+                try:
+                    evaluate(piece)
+                except Exception as error:
+                    if not (self._auto and is_out_of_memory(error)):
+                        raise
+                    if count is not None and (count if piece is batch else size) == 1:
+                        raise DeviceMemoryError(
+                            f"One example of batch {batch.index} alone needs more memory than "
+                            "there is, so no smaller piece helps. Select fewer parameters with "
+                            "params=, free memory, or use another device."
+                        ) from error
+                    failure = str(error)
+            # Outside of `except`, whose error keeps the graph that is to be given up.
+            if failure is not None:
+                if count is None:
+                    raise self._uncuttable(batch, f"its tensors differ in length ({failure})")
+                self._size = max(1, (count if piece is batch else size or count) // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            if piece is batch:
+                return
+            start += size or 0
+            if start >= (count or 0):
+                return
+
+    def piece(self, batch: Batch, start: int, end: int, count: int | None) -> Batch:
+        """Examples `start` to `end` of a batch of `count`, with their weight."""
+        if count is None:
+            raise self._uncuttable(batch, "its tensors differ in length")
+        try:
+            data = cut(batch.data, start, min(end, count), count)
+        except ValueError as error:
+            raise self._uncuttable(batch, str(error)) from error
+        return Batch(batch.index, data, self._weight(data, batch.index), start)
+
+    def check_mean(
+        self, batch: Batch, loss: Callable[[Batch], tuple[float, bool]], tolerance: float
+    ) -> None:
+        """Once, refuse losses that are no mean over the examples, by trying two of them.
+
+        Args:
+            batch: whose first two examples are tried.
+            loss: of a piece, and whether computing it drew random numbers.
+            tolerance: relative.
+
+        Raises:
+            InvalidArgumentError: two pieces together do not have the mean of their losses.
+        """
+        count = length_of(batch.data)
+        if not self._to_check or count is None or count < 2:
+            return
+        pair, left, right = (self.piece(batch, a, b, count) for a, b in ((0, 2), (0, 1), (1, 2)))
+        if min(pair.weight, left.weight, right.weight) <= 0:
+            return
+        try:
+            found = [loss(piece) for piece in (pair, left, right)]
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            if is_out_of_memory(error) and self._auto:
+                return
+            if is_out_of_memory(error) or isinstance(error, FlatMinimaError):
+                raise
+            why = f"the model or the loss fails on two examples of it ({error})"
+            raise self._uncuttable(batch, why) from error
+        values = [value for value, _ in found]
+        if any(drew for _, drew in found):
+            raise InvalidArgumentError(
+                "microbatch= cannot be used here: the model or the loss draws random numbers "
+                "(dropout masks in training mode, sampling), which pieces of a batch would draw "
+                "otherwise. Use mode='eval', or give smaller batches instead."
+            )
+        weights = [1.0, 1.0, 1.0] if self._is_sum else [p.weight for p in (pair, left, right)]
+        mean = (weights[1] * values[1] + weights[2] * values[2]) / weights[0]
+        if math.isfinite(mean) and abs(values[0] - mean) > tolerance * max(map(abs, values)):
+            raise InvalidArgumentError(
+                "microbatch= cannot be used here: the loss of two examples of batch "
+                f"{batch.index} is {values[0]:.6g}, and the mean of their own losses {mean:.6g}. "
+                "Either the examples of a batch depend on each other (dropout masks in training "
+                "mode, contrastive losses, a first dimension that is not the batch's), or "
+                "weight= does not count what the mean runs over. Give smaller batches instead."
+            )
+        self._to_check = False
+
+    def _uncuttable(self, batch: Batch, why: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"Batch {batch.index} cannot be cut into pieces for microbatch=: {why}. Give smaller "
+            "batches instead."
+        )
+
+
+def _check_modules(model: nn.Module, mode: str) -> None:
+    kind = nn.modules.batchnorm._BatchNorm
+    for name, module in model.named_modules():
+        trains = module.training if mode == "keep" else mode == "train"
+        if isinstance(module, kind) and (trains or module.running_mean is None):
+            raise InvalidArgumentError(
+                f"microbatch= cannot be used here: the batch norm {name!r} works with the "
+                "statistics of the whole batch, and pieces of it would have others. Use "
+                "mode='eval', or give smaller batches, knowing that they change the loss."
+            )
+        if trains and drops(module):
+            raise InvalidArgumentError(
+                f"microbatch= cannot be used here: the dropout of {name!r} draws its mask in "
+                "training mode for the whole batch, and pieces of it would have others. Use "
+                "mode='eval', or give smaller batches, knowing that they change the masks."
+            )

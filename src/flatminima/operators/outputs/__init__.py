@@ -1,0 +1,1 @@
+"""Matrices in the space of a model's outputs."""

@@ -1,0 +1,1 @@
+"""How one batch is multiplied: graphs of gradients and outputs, and their cache."""

@@ -1,0 +1,1 @@
+"""Checks, randomness, progress, precision, failures, nested data and vector layouts."""
