@@ -258,7 +258,7 @@ def test_nothing_outlives_the_session(error):
         with operator.session(), operator.session():
             for _ in range(3):
                 operator @ vectors_for(operator.objective)
-            for seen in operator._kept.seen.values():
+            for seen in operator._cache.seen.values():
                 held += [weakref.ref(seen.loss), *map(weakref.ref, seen.tensors.values())]
             del seen
             if error is not None:

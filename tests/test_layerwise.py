@@ -255,14 +255,14 @@ def test_passes_are_what_is_counted(monkeypatch):
     objective = objective_of(Counted(Nested()), batch_size=5)
     fm.HessianOperator(objective) @ torch.ones(objective.size)
     passes = 0
-    original = fm.Objective.sum_over_batches
+    original = fm.Objective.evaluate_batches
 
     def counted(self, *args, **kwargs):
         nonlocal passes
         passes += 1
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(fm.Objective, "sum_over_batches", counted)
+    monkeypatch.setattr(fm.Objective, "evaluate_batches", counted)
     Counted.count = 0
     result = fm.layerwise(objective, trace_products=7)
     # All probes fit into one block of columns, which reads the data once.

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.landscape.trajectory import trajectory as trajectory_module
 from flatminima.landscape.trajectory import principal as principal_module
+from flatminima.landscape.trajectory import trajectory as trajectory_module
 from flatminima.landscape.trajectory.path_losses import path_losses
 from flatminima.landscape.trajectory.principal import (
     PrincipalResult,

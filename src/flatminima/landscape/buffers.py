@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from ..objective.batches import Batch, located
-from ..objective.forward import Evaluated, Forward
+from ..objective.evaluator import Copies
+from ..objective.forward import Forward
 from ..objective.guards import evaluating
 from ..objective.objective import Objective, check_objective
-from ..objective.passes import Copies
 from ..objective.weights import example_count
 from ..support.failures import explained
 from ..support.randomness import reseed
@@ -106,15 +106,13 @@ def recomputed_buffers(objective: Objective, state: Mapping[str, Tensor]) -> Sta
                 buffers = {n: _start(n, present[n]) for n, _ in model.named_buffers()}
                 count = float(example_count(data) or batch.weight)
 
-                def read(seen: Evaluated, count: float = count) -> None:
-                    del seen
-                    for name, layer in layers.items():
-                        sums[name].add(layer, count)
-
                 reseed(batch.index)
                 try:
                     own_batch = dataclasses.replace(batch, data=data)
-                    forward.evaluate(own_batch, buffers, parameters.fresh(), read)
+                    with forward.replacing(buffers, parameters.fresh()):
+                        forward.evaluate(own_batch, parameters.present)
+                        for name, layer in layers.items():
+                            sums[name].add(layer, count)
                 except ValueError as error:
                     _explain(error, batch)
                     raise
@@ -207,7 +205,7 @@ def batch_statistics(objective: Objective) -> Iterator[None]:
         InvalidArgumentError: the objective cuts batches into pieces, which have other statistics.
     """
     layers = tracked_layers(objective.model)
-    if layers and not objective._evaluator.pieces.whole:
+    if layers and not objective.is_whole:
         raise InvalidArgumentError(
             f"microbatch= cannot be used here: the batch norm {next(iter(layers))!r} works with "
             "the statistics of whole batches, and pieces of them would have others. Make an "

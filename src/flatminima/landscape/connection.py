@@ -281,11 +281,9 @@ class _Bezier:
                 value, gradient = objective.value_and_gradient(shift)
             else:
                 state = self._between.at(t, "linear")
-                value, gradient = self._forward.replaced(
-                    lambda: objective.value_and_gradient(shift),
-                    {n: state[n].clone() for n in self._others},
-                    {},
-                )
+                others = {n: state[n].clone() for n in self._others}
+                with self._forward.replacing(others, {}):
+                    value, gradient = objective.value_and_gradient(shift)
         return value, 2 * t * (1 - t) * gradient
 
 

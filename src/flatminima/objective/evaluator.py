@@ -1,28 +1,29 @@
-"""One batch at a time: the loss at replaced parameters, by a module that stays as it was."""
+"""Passes over the batches: the loss of each at replaced parameters, by a model left as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..derivatives.substitution import Differentiation
+from ..errors import LossNotScalarError, NonFiniteError
 from ..support.failures import available_bytes, explained
 from ..support.randomness import preserved_random_state, random_state, reseed
-from ..support.trees import same_tensors, same_values, to_device
+from ..support.trees import same_tensors, same_values, tensors_in, to_device
 from .batches import Batch, Batches, located
 from .forward import Evaluated, Forward, Within
-from .guards import Derivatives, evaluating
+from .guards import Derivatives, Guard, evaluating
 from .microbatches import Pieces
-from .passes import Copies, Tally
 
-__all__ = ["Evaluator", "Point"]
+__all__ = ["Copies", "Evaluator", "Pass", "Point"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,11 @@ class Point:
     """Makes private tensors to evaluate with, by name; the model's other parameters are taken as
     they are, without a graph."""
     buffers: Mapping[str, Tensor]
-    """To evaluate with, of which copies are used."""
-    visit: Callable[[Evaluated], None]
-    """Is shown each batch."""
+    """Evaluated with as copies."""
 
 
 class Evaluator:
-    """The loop over the batches, with everything that keeps the user's things from harm.
+    """What passes over the batches have in common, and what was learnt from the first one.
 
     Args:
         model: without wrappers.
@@ -68,199 +67,37 @@ class Evaluator:
         self.is_sum, self.pieces = is_sum, pieces
         # What a loss computed in two ways may differ by, relatively.
         self.tolerance = min(0.03, 1000 * eps)
-        self._forward = Forward(model, loss_fn, batch_loss)
-        self.differentiation = Differentiation(model, self._forward.criterion)
-        # None until one whole pass has shown whether the model leaves these alone; until then,
-        # and where it does not, each batch gets copies.
-        self._writes: bool | None = None
-        # Buffers have copies always; these are made anew for each batch where need be.
-        self._moving_buffers = True
+        self.forward = Forward(model, loss_fn, batch_loss)
+        self.differentiation = Differentiation(model, self.forward.criterion)
+        # None until one whole pass has shown whether the model leaves its tensors alone; until
+        # then, and where it does not, each batch gets copies.
+        self.writes: bool | None = None
+        # Buffers are always copies; where the model writes to them, each batch gets new ones.
+        self.moves_buffers = True
 
     def replaced(self, loss_fn: Callable[[Any, Any], Any] | None, batches: Batches) -> Evaluator:
-        """The same with another criterion, on other batches."""
+        """Return the same evaluator with another criterion, on other batches."""
         twin = copy.copy(self)
         twin.batches = batches
-        known, batch_loss = self._forward.functions
+        known, batch_loss = self.forward.functions
         if loss_fn is not known:
-            twin._forward = Forward(self.model, loss_fn, batch_loss)
-            twin.differentiation = Differentiation(self.model, twin._forward.criterion)
+            twin.forward = Forward(self.model, loss_fn, batch_loss)
+            twin.differentiation = Differentiation(self.model, twin.forward.criterion)
         return twin
 
     @property
     def settled(self) -> bool:
         """Whether a whole pass has shown that the model leaves its tensors alone."""
-        return self._writes is False
+        return self.writes is False
 
-    def mean_loss(
-        self,
-        parameters: Callable[[], dict[str, Tensor]],
-        buffers: Mapping[str, Tensor],
-        visit: Callable[[Evaluated], None],
-        *,
-        check: bool,
-        derivatives: Derivatives,
-        kept: Mapping[int, Evaluated] | None = None,
-        outputs_only: bool = False,
-    ) -> float:
-        """Σ_b w_b ℓ_b / Σ_b w_b in float64; NaN when some batches are kept, as it is known then.
-
-        Args:
-            parameters: as in `Point`.
-            buffers: as in `Point`.
-            visit: as in `Point`.
-            check: raise for a loss that is not finite.
-            derivatives: how many `visit` takes.
-            kept: batches that were evaluated before, by number: these are shown to `visit` once
-                more, with the tensors in the module that it had then, instead of run forward.
-            outputs_only: whether `visit` differentiates the outputs alone, and not the loss.
-        """
-        return self.mean_losses(
-            [Point(parameters, buffers, visit)],
-            check=check,
-            derivatives=derivatives,
-            kept=kept,
-            outputs_only=outputs_only,
-        )[0]
-
-    def mean_losses(
-        self,
-        points: Sequence[Point],
-        *,
-        check: bool,
-        derivatives: Derivatives,
-        kept: Mapping[int, Evaluated] | None = None,
-        outputs_only: bool = False,
-    ) -> list[float]:
-        """The mean loss at each of several points, in one reading of the data.
-
-        The numbers are those of as many calls of `mean_loss`. The private tensors of all points are
-        held at once, but for a model that may write to them: then those of one point at a time.
-        """
-        kept = kept or {}
-        tallies = [Tally() for _ in points]
-        watching = self._writes is None
-        wrote = False
-        still: list[bool] = []
-        copies = self._writes is not False
-        criterion = self._forward.criterion
-        twice = derivatives == 2
-        within: Within = self.differentiation.running if twice else contextlib.nullcontext
-        with evaluating(self.model, criterion, self.mode, derivatives, copies=copies) as guard:
-            first = next(iter(kept.values()), None)
-            made: dict[int, _Present] = {}
-
-            def turn_to(number: int) -> _Present:
-                if number not in made:
-                    if self._writes is not False:
-                        made.clear()
-                    made[number] = _Present(
-                        self, points[number], first, differentiable=derivatives > 0
-                    )
-                return made[number]
-
-            present = turn_to(0)
-
-            def forward(batch: Batch, data: Any, show: Callable[[Evaluated], None]) -> Tensor:
-                nonlocal wrote
-                others = present.others.fresh(renew=copies)
-                shadows = others | present.buffers.fresh(renew=self._moving_buffers)
-                reseed(batch.index)
-                try:
-                    own = dataclasses.replace(batch, data=data)
-                    # Not renewed for each batch unless it must be: a graph that is kept from one
-                    # batch to the next is found out by the leaves that both have.
-                    tensors = present.leaves.fresh(renew=self._writes is True)
-                    return self._forward.evaluate(
-                        own, shadows, tensors, show, within, outputs_only=outputs_only
-                    )
-                finally:
-                    wrote = guard.restore() or wrote
-
-            def visit(seen: Evaluated) -> None:
-                if twice:
-                    self.differentiation.examine([seen.output, seen.loss])
-                present.point.visit(seen)
-
-            def replay(seen: Evaluated) -> None:
-                try:
-                    shadows = present.others.fresh() | present.buffers.fresh()
-                    run = functools.partial(present.point.visit, seen)
-                    self._forward.replaced(run, shadows, seen.tensors)
-                finally:
-                    guard.restore()
-
-            def evaluate(batch: Batch, tally: Tally) -> None:
-                nonlocal wrote
-                data = batch.data
-                if copies:
-                    data = to_device(data, self.batches.device, duplicate=True)
-                loss = forward(batch, data, visit)
-                tally.add(batch, loss, 1.0 if self.is_sum else batch.weight)
-                if watching:
-                    still.append(present.still())
-                    wrote = present.moved() or wrote or not same_tensors(data, batch.data)
-
-            def value_of(piece: Batch) -> tuple[float, bool]:
-                data = to_device(piece.data, self.batches.device, duplicate=True)
-                reseed(piece.index)
-                before = random_state()
-                value = float(forward(piece, data, lambda seen: None))  # noqa: ARG005
-                return value, random_state() != before
-
-            with self.batches.reading() as stream:
-                for batch in stream:
-                    with (
-                        located(batch.index),
-                        explained(batch.index, self.batches.device, batch.data),
-                    ):
-                        if batch.index in kept:
-                            replay(kept[batch.index])
-                            continue
-                        self.pieces.check_mean(batch, value_of, self.tolerance)
-                        for number, tally in enumerate(tallies):
-                            present = turn_to(number)
-                            self.pieces.each(batch, functools.partial(evaluate, tally=tally))
-        if watching:
-            self._writes, self._moving_buffers = wrote, not all(still)
-        if twice:
-            self.differentiation.settle()
-        if kept:
-            return [math.nan] * len(points)
-        return [tally.mean(self.batches.total_weight, check=check) for tally in tallies]
-
-    def replay(
-        self,
-        kept: Mapping[int, Evaluated],
-        buffers: Mapping[str, Tensor],
-        visit: Callable[[Evaluated], None],
-        *,
-        derivatives: Derivatives,
-    ) -> None:
-        """Show `visit` every batch once more, as `mean_loss` does with `kept`, reading no data."""
-        criterion = self._forward.criterion
-        first = next(iter(kept.values()))
-
-        def run() -> None:
-            for seen in kept.values():
-                with located(seen.batch.index), explained(seen.batch.index, self.batches.device):
-                    visit(seen)
-
-        with (
-            evaluating(self.model, criterion, self.mode, derivatives, copies=False) as guard,
-            preserved_random_state(),
-        ):
-            shadows = self._others(first.tensors, differentiable=derivatives > 0)
-            shadows |= {n: b.detach().clone() for n, b in buffers.items()}
-            try:
-                self._forward.replaced(run, shadows, first.tensors)
-            finally:
-                guard.restore()
-
-    def _own(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the model's own parameters of these names, without a graph."""
         return {n: p.detach() for n, p in self.model.named_parameters() if n in names}
 
-    def _others(self, selected: Collection[str], *, differentiable: bool) -> dict[str, Tensor]:
-        """The parameters that are not replaced: copies as long as the model may write to them.
+    def other_parameters(
+        self, selected: Collection[str], *, differentiable: bool
+    ) -> dict[str, Tensor]:
+        """Return the parameters that are not replaced, as copies if the model may write to them.
 
         They keep their requires_grad, since reentrant checkpointing gives no gradient at all to
         a block whose input needs none.
@@ -268,7 +105,7 @@ class Evaluator:
         own = {n: p for n, p in self.model.named_parameters() if n not in selected}
         size = sum(p.numel() * p.element_size() for p in own.values())
         # Copies of a backbone that fills the memory would be worse than the risk.
-        copied = self._writes is not False and size <= available_bytes(self.batches.device) // 2
+        copied = self.writes is not False and size <= available_bytes(self.batches.device) // 2
         # An inference tensor takes part in derivatives only as a copy.
         twins = {
             n: p.detach().clone() if copied or p.is_inference() else p.detach()
@@ -279,29 +116,342 @@ class Evaluator:
         }
 
 
-class _Present:
-    """The private tensors of the point that is being evaluated."""
+class Pass:
+    """One reading of the data, at one point or several.
+
+    Batches are pulled, so that whoever differentiates a loss does so in a frame of their own:
+
+        with Pass(evaluator, [point], derivatives=1) as batches:
+            for seen in batches:
+                with batches.visiting(seen):
+                    ...  # differentiate seen.loss
+        loss = batches.mean_losses(check=True)[0]
+
+    While the body runs, the replaced tensors are in the model, and everything else is as the
+    batch was evaluated. The private tensors of all points are held at once, except for a model
+    that may write to them, which gets those of one point at a time.
+
+    Args:
+        evaluator: of the objective.
+        points: evaluated for each batch, in turn.
+        derivatives: how many will be taken.
+        kept: batches that were evaluated before, by number: shown again, with the tensors in the
+            module that it had then, in place of being run forward.
+        outputs_only: whether the outputs alone are differentiated, not the loss.
+
+    Attributes:
+        point: the number of the point that the present batch was evaluated at.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        points: Sequence[Point],
+        *,
+        derivatives: Derivatives,
+        kept: Mapping[int, Evaluated] | None = None,
+        outputs_only: bool = False,
+    ) -> None:
+        self._evaluator, self._points = evaluator, points
+        self._derivatives, self._outputs_only = derivatives, outputs_only
+        self._kept = kept or {}
+        self._replays = bool(self._kept) and len(self._kept) == evaluator.batches.used
+        self._tallies = [Tally() for _ in points]
+        self._watching = evaluator.writes is None
+        self._copies = evaluator.writes is not False and not self._replays
+        self._wrote = False
+        self._still: list[bool] = []
+        self._private: dict[int, _Private] = {}
+        self._guard: Guard
+        self._stream: Iterator[Batch]
+        self._shown: Generator[Evaluated, None, None] | None = None
+        self.point = 0
+        twice = derivatives == 2
+        self._within: Within = (
+            evaluator.differentiation.running if twice else contextlib.nullcontext
+        )
+
+    def __enter__(self) -> Pass:
+        evaluator = self._evaluator
+        with contextlib.ExitStack() as stack:
+            self._guard = stack.enter_context(
+                evaluating(
+                    evaluator.model,
+                    evaluator.forward.criterion,
+                    evaluator.mode,
+                    self._derivatives,
+                    copies=self._copies,
+                )
+            )
+            if self._replays:
+                stack.enter_context(preserved_random_state())
+            else:
+                self._stream = stack.enter_context(evaluator.batches.reading())
+            self._contexts = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The innermost contexts are those of the batch in hand, in the suspended generator.
+        self._contexts.callback(lambda: None if self._shown is None else self._shown.close())
+        self._contexts.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[Evaluated]:
+        self._shown = self._replay() if self._replays else self._read()
+        return self._shown
+
+    @contextlib.contextmanager
+    def visiting(self, seen: Evaluated) -> Iterator[None]:
+        """Explain errors by the batch in hand, and let its graph go at the end.
+
+        Where memory runs out and batches may be cut, the error is kept back and the batch comes
+        again in smaller pieces: what is added up must be added last.
+        """
+        batch = seen.batch
+        try:
+            with self._explaining(batch):
+                try:
+                    yield
+                except Exception as error:
+                    if not self._evaluator.pieces.shrink(error):
+                        raise
+        finally:
+            if self._kept.get(batch.index) is not seen:
+                seen.release()
+
+    def mean_losses(self, *, check: bool) -> list[float]:
+        """Return Σ_b w_b ℓ_b / Σ_b w_b in float64 at each point; NaN where batches were kept.
+
+        Raises:
+            NonFiniteError: a loss is not finite, and `check` is set.
+        """
+        if self._kept:
+            return [math.nan] * len(self._points)
+        total = self._evaluator.batches.total_weight
+        return [tally.mean(total, check=check) for tally in self._tallies]
+
+    @contextlib.contextmanager
+    def _explaining(self, batch: Batch) -> Iterator[None]:
+        with (
+            located(batch.index),
+            explained(batch.index, self._evaluator.batches.device, batch.data),
+        ):
+            yield
+
+    def _replay(self) -> Generator[Evaluated, None, None]:
+        """Show what was kept of every batch, reading no data."""
+        evaluator, tensors = self._evaluator, next(iter(self._kept.values())).tensors
+        others = evaluator.other_parameters(tensors, differentiable=self._derivatives > 0)
+        buffers = _clones(self._points[0].buffers)
+        try:
+            with evaluator.forward.replacing({**others, **buffers}, tensors):
+                yield from self._kept.values()
+        finally:
+            self._guard.restore()
+
+    def _read(self) -> Generator[Evaluated, None, None]:
+        """Show every batch at every point, run forward or as it was kept."""
+        evaluator = self._evaluator
+        pieces = evaluator.pieces
+        for batch in self._stream:
+            if batch.index in self._kept:
+                yield from self._again(self._kept[batch.index])
+                continue
+            with self._explaining(batch):
+                pieces.check_mean(batch, self._value_of, evaluator.tolerance)
+            for number in range(len(self._points)):
+                self.point = number
+                cut = pieces.cut(batch)
+                while True:
+                    with self._explaining(batch):
+                        piece = next(cut, None)
+                    if piece is None:
+                        break
+                    yield from self._evaluate(piece)
+        if self._watching:
+            evaluator.writes, evaluator.moves_buffers = self._wrote, not all(self._still)
+        if self._derivatives == 2:
+            evaluator.differentiation.settle()
+
+    def _evaluate(self, batch: Batch) -> Generator[Evaluated, None, None]:
+        """Show one batch, or a piece of one, and add its loss up."""
+        evaluator, pieces = self._evaluator, self._evaluator.pieces
+        private = self._turn_to(self.point)
+        data = batch.data
+        with contextlib.ExitStack() as stack:
+            with self._explaining(batch):
+                try:
+                    if self._copies:
+                        data = to_device(data, evaluator.batches.device, duplicate=True)
+                    seen = self._run(batch, data, private, stack)
+                    self._check_graph(seen)
+                except Exception as error:
+                    if not pieces.shrink(error):
+                        raise
+                    return
+            loss = seen.loss.detach()
+            yield seen
+            del seen
+        if pieces.failed:
+            return
+        self._tallies[self.point].add(batch, loss, 1.0 if evaluator.is_sum else batch.weight)
+        if self._watching:
+            self._still.append(private.is_still())
+            self._wrote = private.has_moved() or self._wrote or not same_tensors(data, batch.data)
+
+    def _run(
+        self, batch: Batch, data: Any, private: _Private, stack: contextlib.ExitStack
+    ) -> Evaluated:
+        """Evaluate a batch; the tensors are in the model until `stack` is left."""
+        evaluator = self._evaluator
+        shadows = private.others.fresh(renew=self._copies)
+        shadows = shadows | private.buffers.fresh(renew=evaluator.moves_buffers)
+        reseed(batch.index)
+        stack.callback(self._restore)
+        # Not renewed for each batch unless it must be: a graph that is kept from one batch to the
+        # next is found out by the leaves that both have.
+        tensors = private.leaves.fresh(renew=evaluator.writes is True)
+        stack.enter_context(evaluator.forward.replacing(shadows, tensors))
+        return evaluator.forward.evaluate(
+            dataclasses.replace(batch, data=data),
+            tensors,
+            self._within,
+            outputs_only=self._outputs_only,
+        )
+
+    def _restore(self) -> None:
+        self._wrote = self._guard.restore() or self._wrote
+
+    def _check_graph(self, seen: Evaluated) -> None:
+        """Look at the graph of a batch that is to be differentiated."""
+        if self._derivatives == 2:
+            self._evaluator.differentiation.examine([seen.output, seen.loss])
+        differentiated = seen.output if self._outputs_only else seen.loss
+        if self._derivatives and not any(t.requires_grad for t in tensors_in(differentiated)):
+            raise LossNotScalarError(
+                f"The loss of batch {seen.batch.index} does not depend on the selected "
+                "parameters: unused, or the graph is cut by detach(), no_grad() or .data."
+            )
+
+    def _again(self, seen: Evaluated) -> Generator[Evaluated, None, None]:
+        """Show a batch that was kept."""
+        private = self._turn_to(self.point)
+        try:
+            shadows = private.others.fresh() | private.buffers.fresh()
+            with self._evaluator.forward.replacing(shadows, seen.tensors):
+                yield seen
+        finally:
+            self._guard.restore()
+
+    def _value_of(self, piece: Batch) -> tuple[float, bool]:
+        """Return the loss of a piece, and whether random numbers were drawn for it."""
+        data = to_device(piece.data, self._evaluator.batches.device, duplicate=True)
+        reseed(piece.index)
+        before = random_state()
+        with contextlib.ExitStack() as stack:
+            value = float(self._run(piece, data, self._turn_to(self.point), stack).loss.detach())
+        return value, random_state() != before
+
+    def _turn_to(self, number: int) -> _Private:
+        """Return the private tensors of a point, made when they are first needed."""
+        if number not in self._private:
+            if self._evaluator.writes is not False:
+                self._private.clear()
+            self._private[number] = _Private(
+                self._evaluator,
+                self._points[number],
+                next(iter(self._kept.values()), None),
+                differentiable=self._derivatives > 0,
+            )
+        return self._private[number]
+
+
+class _Private:
+    """The private tensors of one point."""
 
     def __init__(
         self, evaluator: Evaluator, point: Point, first: Evaluated | None, *, differentiable: bool
     ) -> None:
-        self.point, self._evaluator = point, evaluator
+        self._point, self._evaluator = point, evaluator
         self.leaves = Copies(point.parameters)
-        self.buffers = Copies(lambda: {n: b.detach().clone() for n, b in point.buffers.items()})
+        self.buffers = Copies(lambda: _clones(point.buffers))
         # Copies of the parameters are made only once a batch needs them.
         selected = self.leaves.fresh().keys() if first is None else first.tensors.keys()
-        self.others = Copies(lambda: evaluator._others(selected, differentiable=differentiable))
+        self.others = Copies(
+            lambda: evaluator.other_parameters(selected, differentiable=differentiable)
+        )
 
-    def still(self) -> bool:
+    def is_still(self) -> bool:
         """Whether the buffers are what they were."""
-        return same_tensors(self.buffers.present, dict(self.point.buffers))
+        return same_tensors(self.buffers.present, dict(self._point.buffers))
 
-    def moved(self) -> bool:
+    def has_moved(self) -> bool:
         """Whether parameters are not what they were."""
-        moved = not same_tensors(self.leaves.present, self.point.parameters())
+        moved = not same_tensors(self.leaves.present, self._point.parameters())
         if moved:
             self.leaves.fresh(renew=True)
         others = self.others.present
-        own = self._evaluator._own(others)
-        # Of copies only the values count: they may require grad where these do not.
+        own = self._evaluator.own_parameters(others)
+        # Only the values of copies count: they may require grad where these do not.
         return moved or not all(same_values(t, own[name]) for name, t in others.items())
+
+
+class Copies:
+    """Private tensors in place of a model's own, made again when a forward has written to them."""
+
+    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
+        self._make = make
+        self.present: dict[str, Tensor] = {}
+        self._versions: list[int] | None = None
+
+    def fresh(self, *, renew: bool = False) -> dict[str, Tensor]:
+        """Return the tensors, made now if there are none yet or with `renew`."""
+        versions = [t._version for t in self.present.values()]
+        if renew or versions != self._versions:
+            self.present = self._make()
+            self._versions = [t._version for t in self.present.values()]
+        return self.present
+
+
+class Tally:
+    """The losses of the batches, or of their pieces, at one point."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._weights: list[float] = []
+        self._indices: list[int] = []
+
+    def add(self, batch: Batch, loss: Tensor, weight: float) -> None:
+        """Add a batch's loss, left on the device, and its weight."""
+        self._losses.append(loss)
+        self._weights.append(weight)
+        self._indices.append(batch.index)
+
+    def mean(self, total_weight: float, *, check: bool) -> float:
+        """Return Σ_b w_b ℓ_b over the total weight, in float64.
+
+        Raises:
+            NonFiniteError: a loss is not finite, and `check` is set.
+        """
+        # One transfer for all batches: reading each loss as it comes would stall a GPU.
+        values = torch.stack(self._losses).cpu().double().tolist()
+        for index, value in zip(self._indices, values, strict=True):
+            if check and not math.isfinite(value):
+                raise NonFiniteError(
+                    f"The loss of batch {index} is {value}; look for NaN in that batch, a "
+                    "diverged model, or a logarithm of zero in the loss."
+                )
+        return _sum([w * v for w, v in zip(self._weights, values, strict=True)]) / total_weight
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Return the exact sum; fsum itself refuses infinities of both signs."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
+def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}

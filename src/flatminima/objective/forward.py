@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 
 from ..errors import ArgumentTypeError, LossNotScalarError
 from ..support.trees import mapped
@@ -19,35 +19,36 @@ from .weights import has_closed_form, split_pair
 
 __all__ = ["Evaluated", "Forward", "Within"]
 
-R = TypeVar("R")
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Evaluated:
-    """What became of one batch, shown while the replaced tensors are still in the module."""
+    """One evaluated batch, shown while the replaced tensors are in the module."""
 
     batch: Batch
     loss: Tensor
-    """ℓ_b, a scalar with its graph, or without it where only the output's is wanted."""
+    """ℓ_b, a scalar with its graph; without it where only the output is differentiated."""
     output: Any
-    """Of the model, and the target: None under `batch_loss`."""
+    """Of the model; it and the target are None under `batch_loss`."""
     target: Any
     tensors: dict[str, Tensor]
     """The parameters that the loss was computed with."""
-    prepared: Any = None
-    """The graph that was kept of the batch, whose loss then has none."""
+
+    def release(self) -> None:
+        """Let the graph go, which would outlive its batch wherever this is still referred to."""
+        self.loss = self.loss.detach()
+        self.output = self.target = None
 
 
 Within = Callable[[], AbstractContextManager[object]]
 """Makes what is entered while the model and its loss are computed."""
 
 
-class Forward(nn.Module):
-    """Around the model, so that `functional_call` reaches all of it.
+class Forward:
+    """The model and its loss, as a function of the tensors in the model.
 
-    The tensors are replaced inside the model itself while this runs, so that a `batch_loss` that
-    calls `model.encoder(...)` or reads `model.weight` sees the replaced ones too, and so does
-    activation checkpointing, which runs parts of the model again during the derivative.
+    The tensors are replaced inside the model itself, so that a `batch_loss` that calls
+    `model.encoder(...)` or reads `model.weight` sees the replaced ones too, and so does activation
+    checkpointing, which runs parts of the model again during the derivative.
     """
 
     def __init__(
@@ -56,9 +57,7 @@ class Forward(nn.Module):
         loss_fn: Callable[[Any, Any], Any] | None,
         batch_loss: Callable[[nn.Module, Any], Any] | None,
     ) -> None:
-        super().__init__()
         self.model = model
-        # Wrapped, so that a criterion that is a module is not taken for a part of the model.
         self.functions = (loss_fn, batch_loss)
 
     @property
@@ -66,37 +65,32 @@ class Forward(nn.Module):
         """The loss function, of whichever kind it is."""
         return self.functions[1] if self.functions[0] is None else self.functions[0]
 
+    @contextlib.contextmanager
+    def replacing(
+        self, others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Put these tensors into the model, tied ones in all their places, for a while."""
+        with _reparametrize_module(self.model, {**others, **parameters}, tie_weights=True):
+            yield
+
     def evaluate(
         self,
         batch: Batch,
-        others: Mapping[str, Tensor],
         parameters: dict[str, Tensor],
-        visit: Callable[[Evaluated], None],
         within: Within = contextlib.nullcontext,
         *,
         outputs_only: bool = False,
-    ) -> Tensor:
-        """ℓ_b without its graph, after `visit` has seen it; with `outputs_only`, likewise."""
+    ) -> Evaluated:
+        """Evaluate the batch with the tensors that are in the model now.
 
-        def run() -> Tensor:
-            with within():
-                seen = self._run(batch, parameters, outputs_only=outputs_only)
-            visit(seen)
-            return seen.loss.detach()
-
-        return self.replaced(run, others, parameters)
-
-    def replaced(
-        self, run: Callable[[], R], others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-    ) -> R:
-        """Run something with these tensors in the model."""
-        replaced = {f"model.{n}": t for n, t in [*others.items(), *parameters.items()]}
-        result: R = functional_call(self, replaced, (run,))
-        return result
-
-    def forward(self, run: Callable[[], R]) -> R:
-        """What `functional_call` calls."""
-        return run()
+        Args:
+            batch: on the device.
+            parameters: those that are in the model, for `Evaluated.tensors`.
+            within: entered meanwhile.
+            outputs_only: leave the loss without a graph.
+        """
+        with within():
+            return self._run(batch, parameters, outputs_only=outputs_only)
 
     def _run(
         self, batch: Batch, parameters: dict[str, Tensor], *, outputs_only: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,6 @@ from .modules import drops
 __all__ = ["Microbatch", "Pieces"]
 
 Microbatch = int | Literal["auto"] | None
-
-Evaluate = Callable[[Batch], None]
 
 
 class Pieces:
@@ -59,53 +57,64 @@ class Pieces:
         if size is not None:
             _check_modules(model, mode)
         self._to_check = size is not None
+        self._failure: str | None = None
+        self._in_hand: tuple[Batch, int | None, int | None]
 
     @property
     def whole(self) -> bool:
         """Whether no batch is ever cut."""
         return self._size is None and not self._auto
 
-    def each(self, batch: Batch, evaluate: Evaluate) -> None:
-        """Evaluate the batch, whole or piece by piece.
+    @property
+    def failed(self) -> bool:
+        """Whether the piece in hand is going to be cut again."""
+        return self._failure is not None
+
+    def cut(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the batch, whole or piece by piece; again in smaller ones after `shrink`.
 
         Raises:
             InvalidArgumentError: the batch cannot be cut.
-            DeviceMemoryError: not even one example fits into memory.
         """
         count = length_of(batch.data)
         start = 0
         while True:
             size = self._size
-            piece = batch
-            if size is not None and (count is None or size < count):
-                piece = self.piece(batch, start, start + size, count)
-            failure = None
+            whole = size is None or (count is not None and size >= count)
+            piece = batch if whole else self.piece(batch, start, start + (size or 0), count)
+            self._failure = None
+            self._in_hand = batch, count, count if whole else size
             if piece.weight > 0:
-                try:
-                    evaluate(piece)
-                except Exception as error:
-                    if not (self._auto and is_out_of_memory(error)):
-                        raise
-                    if count is not None and (count if piece is batch else size) == 1:
-                        raise DeviceMemoryError(
-                            f"One example of batch {batch.index} alone needs more memory than "
-                            "there is, so no smaller piece helps. Select fewer parameters with "
-                            "params=, free memory, or use another device."
-                        ) from error
-                    failure = str(error)
-            # Outside of `except`, whose error keeps the graph that is to be given up.
-            if failure is not None:
+                yield piece
+            if self.failed:
                 if count is None:
-                    raise self._uncuttable(batch, f"its tensors differ in length ({failure})")
-                self._size = max(1, (count if piece is batch else size or count) // 2)
+                    raise self._uncuttable(batch, f"its tensors differ in length ({self._failure})")
+                self._size = max(1, (count if whole else size or count) // 2)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
-            if piece is batch:
-                return
             start += size or 0
-            if start >= (count or 0):
+            if whole or start >= (count or 0):
                 return
+
+    def shrink(self, error: Exception) -> bool:
+        """Take smaller pieces after an error, if that may help; whether they are taken.
+
+        Raises:
+            DeviceMemoryError: not even one example fits into memory.
+        """
+        if not (self._auto and is_out_of_memory(error)):
+            return False
+        batch, count, size = self._in_hand
+        if count is not None and size == 1:
+            raise DeviceMemoryError(
+                f"One example of batch {batch.index} alone needs more memory than there is, so no "
+                "smaller piece helps. Select fewer parameters with params=, free memory, or use "
+                "another device."
+            ) from error
+        # Not the error itself, which keeps the graph that is to be given up.
+        self._failure = str(error)
+        return True
 
     def piece(self, batch: Batch, start: int, end: int, count: int | None) -> Batch:
         """Examples `start` to `end` of a batch of `count`, with their weight."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.gradients import accumulated, checkpoints_reentrantly
-from ..errors import DeviceError, InvalidArgumentError, LossNotScalarError, NonFiniteError
+from ..errors import DeviceError, InvalidArgumentError, NonFiniteError
 from ..support.checks import check_callables, check_choice, check_device, check_instance
-from ..support.trees import length_of, tensors_in
+from ..support.trees import length_of
 from ..support.vectors import Layout, all_finite, check_vector
 from .batches import Batch, Batches
-from .evaluator import Evaluator
+from .evaluator import Evaluator, Pass, Point
 from .forward import Evaluated
 from .guards import Derivatives
 from .metrics import Metric
 from .microbatches import Microbatch, Pieces
 from .modules import check_devices, check_model, unwrapped
-from .points import State, evaluated
+from .points import State, evaluate_states
 from .selection import Selection, select_parameters
 from .weights import BatchWeight, example_count, is_sum, split_pair
 
-__all__ = ["Objective", "check_objective"]
+__all__ = ["BatchPart", "Objective", "WeightedSum", "check_objective"]
 
 
 BatchPart = Callable[[Evaluated, list[Tensor]], Sequence[Tensor | None]]
@@ -81,6 +80,7 @@ class Objective:
         mode: as given.
         examples: number of examples in the data.
         batches, loss_fn, criterion: the data; as given; whichever of `loss_fn` and `batch_loss`.
+        is_sum: whether the loss is a sum over examples, not a mean.
         weigh: `weigh(data, index)` → w_b of a batch, or of a piece of one.
 
     Raises:
@@ -142,14 +142,14 @@ class Objective:
         self.layout = Layout.of(selected)
         self.criterion = batch_loss if loss_fn is None else loss_fn
         self.loss_fn, self.weigh = loss_fn, BatchWeight(loss_fn, weight)
-        self._is_sum = loss_fn is not None and is_sum(loss_fn)
+        self.is_sum = loss_fn is not None and is_sum(loss_fn)
         check_devices(model, self.device)
         if device is not None and check_device("Objective", device) != self.device:
             said = f"device={str(device)!r} was asked for, but the model is on {self.device}"
             raise DeviceError(f"{said}; move it first with model.to({str(device)!r}).")
         # Whether gradients need .backward(); None until a pass has shown it.
         self._accumulates: bool | None = None
-        pieces = Pieces(microbatch, self.weigh, is_sum=self._is_sum, model=model, mode=mode)
+        pieces = Pieces(microbatch, self.weigh, is_sum=self.is_sum, model=model, mode=mode)
         self.examples = 0
         self.batches = Batches(
             data,
@@ -165,7 +165,7 @@ class Objective:
             batch_loss,
             mode=mode,
             batches=self.batches,
-            is_sum=self._is_sum,
+            is_sum=self.is_sum,
             pieces=pieces,
             eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
         )
@@ -198,7 +198,7 @@ class Objective:
     @property
     def keeps_graphs(self) -> bool:
         """Whether a batch's graph may serve again: it is whole, and the model writes to nothing."""
-        return self._evaluator.settled and self._evaluator.pieces.whole
+        return self._evaluator.settled and self.is_whole
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__
@@ -289,7 +289,7 @@ class Objective:
             wanted = "an objective with loss_fn(output, target)"
             why = "with batch_loss= there is no output to judge"
             raise InvalidArgumentError(f"metrics= needs {wanted}; {why}.")
-        return evaluated(self._evaluator, states, dict(metrics or {}))
+        return evaluate_states(self._evaluator, states, dict(metrics or {}))
 
     def evaluate_state(
         self, state: State, metrics: Mapping[str, Metric] | None = None
@@ -305,61 +305,70 @@ class Objective:
         check: bool = True,
         derivatives: Derivatives = 1,
         rows: int = 1,
-        kept: Mapping[int, Evaluated] | None = None,
-        outputs_only: bool = False,
     ) -> tuple[float, Tensor]:
-        """The one place where batches are added up.
+        """Return L(θ + δ), and the weighted mean of what `part` makes of each batch.
 
         Args:
             part: what each batch adds, made from its loss ℓ_b with its graph, `seen.loss`, and
                 the selected parameters at θ + δ as leaves, and linear in the loss: a tensor for
                 each leaf, or None for zeros, as from `torch.autograd.grad`. Several vectors are
-                given one after the other. None when only the loss is wanted.
+                given one after the other. None if only the loss is wanted.
             displacement: δ, shape (n,), of this objective's dtype and device.
             check: raise for a loss that is not finite, naming the batch.
             derivatives: how many `part` takes; for 2, kernels are chosen that have as many.
             rows: how many vectors `part` gives.
-            kept: batches evaluated there before, shown to `part` again.
-            outputs_only: `part` differentiates `seen.output`, and `seen.loss` has no graph.
 
         Returns:
-            L(θ + δ), added up in float64 (NaN with batches in `kept`), and
-            Σ_b w_b part_b / Σ_b w_b, shape (rows, n), or (0, n) without `part`.
+            L(θ + δ), added up in float64, and Σ_b w_b part_b / Σ_b w_b, shape (rows, n), or
+            (0, n) without `part`.
         """
-        total = torch.zeros(0, self.size, dtype=self.dtype, device=self.device)
+        total = WeightedSum(self, rows)
+        batches = self.evaluate_batches(
+            displacement, derivatives=0 if part is None else derivatives
+        )
+        with batches:
+            for seen in batches:
+                with batches.visiting(seen):
+                    if part is not None:
+                        total.add(seen, part(seen, self.leaves_of(seen)))
+        return batches.mean_losses(check=check)[0], total.mean()
 
-        def add(seen: Evaluated) -> None:
-            nonlocal total
-            if part is None:
-                return
-            graph = any(
-                t.requires_grad for t in tensors_in(seen.output if outputs_only else seen.loss)
-            )
-            if seen.prepared is None and not graph:
-                raise LossNotScalarError(
-                    f"The loss of batch {seen.batch.index} does not depend on the selected "
-                    "parameters: unused, or the graph is cut by detach(), no_grad() or .data."
-                )
-            added = part(seen, [seen.tensors[name] for name in self.layout.names])
-            if len(total) == 0:
-                total = total.new_zeros(rows, self.size)
-            # Weighted only now: a half-precision loss times a large weight is inf.
-            self.layout.add(total, added, 1.0 if self._is_sum else seen.batch.weight)
+    def evaluate_batches(
+        self,
+        displacement: Tensor | None = None,
+        *,
+        derivatives: Derivatives,
+        kept: Mapping[int, Evaluated] | None = None,
+        outputs_only: bool = False,
+    ) -> Pass:
+        """Return one pass over the batches at θ + δ, as `Pass` describes it.
 
-        value, buffers = math.nan, dict(self.model.named_buffers())
-        if kept and len(kept) == self.batches.used:
-            self._evaluator.replay(kept, buffers, add, derivatives=derivatives)
-        else:
-            value = self._evaluator.mean_loss(
-                lambda: self._leaves(displacement, differentiable=part is not None),
-                buffers,
-                add,
-                check=check,
-                derivatives=0 if part is None else derivatives,
-                kept=kept,
-                outputs_only=outputs_only,
-            )
-        return value, total.div_(self.batches.total_weight)
+        Args:
+            displacement: δ, shape (n,), of this objective's dtype and device.
+            derivatives: how many will be taken.
+            kept: batches evaluated there before, shown again.
+            outputs_only: the outputs are differentiated, and losses have no graph.
+        """
+        point = Point(
+            lambda: self._leaves(displacement, differentiable=derivatives > 0),
+            dict(self.model.named_buffers()),
+        )
+        return Pass(
+            self._evaluator,
+            [point],
+            derivatives=derivatives,
+            kept=kept,
+            outputs_only=outputs_only,
+        )
+
+    def leaves_of(self, seen: Evaluated) -> list[Tensor]:
+        """Return the selected parameters that a batch was evaluated with, in order."""
+        return [seen.tensors[name] for name in self.layout.names]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no batch is ever cut into pieces."""
+        return self._evaluator.pieces.whole
 
     def replaced(self, *, loss_fn: Any = None, batches: Sequence[Batch] | None = None) -> Objective:
         """The same with another criterion, or on batches that lie on the device, as weighed."""
@@ -394,3 +403,28 @@ class Objective:
         target = None if self.loss_fn is None else split_pair(data, index)[1]
         self.examples += example_count(data) or example_count(target) or 0
         return self.weigh(data, index)
+
+
+class WeightedSum:
+    """Σ_b w_b part_b / Σ_b w_b, the one place where what batches give is added up.
+
+    Args:
+        objective: whose batches they are.
+        rows: how many vectors each batch gives.
+    """
+
+    def __init__(self, objective: Objective, rows: int) -> None:
+        self._objective, self._rows = objective, rows
+        self._total = torch.zeros(0, objective.size, dtype=objective.dtype, device=objective.device)
+
+    def add(self, seen: Evaluated, part: Sequence[Tensor | None]) -> None:
+        """Add what a batch gives: for each vector a tensor for each leaf, or None for zeros."""
+        if len(self._total) == 0:
+            self._total = self._total.new_zeros(self._rows, self._objective.size)
+        # Weighted only now: a half-precision loss times a large weight is inf.
+        weight = 1.0 if self._objective.is_sum else seen.batch.weight
+        self._objective.layout.add(self._total, part, weight)
+
+    def mean(self) -> Tensor:
+        """Return the weighted mean, shape (rows, n), or (0, n) if nothing was added."""
+        return self._total.div_(self._objective.batches.total_weight)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, StateMismatchError, closest
-from .evaluator import Evaluator, Point
+from .evaluator import Evaluator, Pass, Point
 from .forward import Evaluated
 from .metrics import Metric, label_count, metric_value
 
-__all__ = ["State", "evaluated"]
+__all__ = ["State", "evaluate_states"]
 
 State = Mapping[str, Tensor]
 """Parameters and buffers by name, in place of the model's own."""
@@ -24,10 +24,10 @@ VECTORS = 4
 the memory of so many parameter vectors where that is more."""
 
 
-def evaluated(
+def evaluate_states(
     evaluator: Evaluator, states: Iterable[State], metrics: Mapping[str, Metric]
 ) -> Iterator[tuple[float, dict[str, float]]]:
-    """The loss and the metrics at each state, in order, as they come.
+    """Yield the loss and the metrics at each state, in order.
 
     Where the batches are kept on the device, one state is made and evaluated after the other.
     Where they are read anew, each reading serves as many states as fit into a budget of memory.
@@ -52,13 +52,21 @@ def evaluated(
             Point(
                 functools.partial(_clones, {n: t for n, t in state.items() if n in own}),
                 {n: state.get(n, b) for n, b in buffers.items()},
-                mean.add,
             )
-            for state, mean in zip(chunk, means, strict=True)
+            for state in chunk
         ]
-        losses = evaluator.mean_losses(points, check=False, derivatives=0)
+        losses = _losses(evaluator, points, means)
         del chunk, points
         yield from zip(losses, [mean.values() for mean in means], strict=True)
+
+
+def _losses(evaluator: Evaluator, points: Sequence[Point], means: Sequence[_Means]) -> list[float]:
+    """Return the loss at each point, and add up its metrics."""
+    with Pass(evaluator, points, derivatives=0) as batches:
+        for seen in batches:
+            with batches.visiting(seen):
+                means[batches.point].add(seen)
+    return batches.mean_losses(check=False)
 
 
 def _checked(known: Mapping[str, Tensor], state: object) -> State:

@@ -6,7 +6,7 @@ import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +21,24 @@ from ..errors import (
     warn,
 )
 from ..objective.forward import Evaluated
-from ..objective.objective import Objective, check_objective
+from ..objective.objective import Objective, WeightedSum, check_objective
 from ..support.checks import check_choice
 from ..support.precision import precision_notes, working_eps
 from ..support.randomness import as_generator, rademacher
 from ..support.vectors import Layout
 from .linear import LinearOperator, Reader
 from .products.gradient_graph import PerLeaf
-from .products.graph_cache import Graph, KeepGraph, KeptGraphs
+from .products.graph_cache import BatchGraph, GraphCache, KeepGraph
 
 __all__ = ["CurvatureOperator", "Part"]
 
-Part = Callable[[Any, bool], PerLeaf]
+G = TypeVar("G", bound=BatchGraph)
+
+Part = Callable[[G, bool], PerLeaf]
 """What a batch adds, made from its graph, and whether the graph is to serve again."""
 
 
-class CurvatureOperator(LinearOperator):
+class CurvatureOperator(LinearOperator, Generic[G]):
     """A matrix made of an objective's derivatives, by products over the whole data set.
 
     A subclass makes the graph of a batch that products are taken by, and knows what to do where
@@ -63,19 +65,22 @@ class CurvatureOperator(LinearOperator):
                 f"The 'keep_graph' argument of {call} must be True, False or 'auto'; got "
                 f"{keep_graph!r}."
             )
-        self._kept = KeptGraphs(objective, keep_graph)
+        self._cache: GraphCache[G] = GraphCache(objective, keep_graph)
         self._insists = method not in ("auto", "finite_differences")
         self.method = "double_backward" if method == "auto" else method
         self.reason = ""
         # Whether a pass has shown that every operation has a second derivative.
         self._examined = False
+        self._announced = False
+        # Whether the last pass began with graphs of batches that were kept before.
+        self._served = False
 
     _outputs_only = False
     """Whether graphs are made of a batch's outputs, and not of its loss."""
     _differences = "Hessian products are central differences of gradients"
 
     @abstractmethod
-    def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> Graph:
+    def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> G:
         """What products are taken by, for one batch."""
 
     @abstractmethod
@@ -101,7 +106,7 @@ class CurvatureOperator(LinearOperator):
             >>> products[-1]
             tensor([1., 1.])
         """
-        with self._kept.session():
+        with self._cache.session():
             yield
 
     @property
@@ -131,93 +136,99 @@ class CurvatureOperator(LinearOperator):
     @property
     def kept_bytes(self) -> int:
         """Memory that kept graphs take at present: of the tensors saved for them."""
-        return self._kept.bytes
+        return self._cache.bytes
 
     def _products(self, vectors: Tensor) -> Tensor:
-        def part(graph: Graph, keep: bool) -> PerLeaf:
+        def part(graph: G, keep: bool) -> PerLeaf:
             return graph.products(list(vectors), keep=keep)
 
         def differences() -> Tensor:
             return torch.stack([self._difference(v) for v in vectors])
 
-        return self._exact_or(part, differences, rows=len(vectors))
+        products = self._exact_or(part, differences, rows=len(vectors))
+        self._inspect(vectors, products)
+        return products
 
-    def _exact_or(self, part: Part, differences: Callable[[], Tensor], *, rows: int) -> Tensor:
-        """The exact products where there are any, by `part`, shape (rows, n)."""
-        if self.method != "finite_differences":
+    def _inspect(self, vectors: Tensor, products: Tensor) -> None:
+        """Look at products before they are returned, for notes and warnings."""
+
+    def _exact_or(self, part: Part[G], differences: Callable[[], Tensor], *, rows: int) -> Tensor:
+        """Return products, exact if there are any, in the fastest way that the model bears.
+
+        Args:
+            part: makes the exact products for one batch.
+            differences: makes all of them by differences.
+            rows: how many there are.
+
+        Returns:
+            Shape (rows, n).
+        """
+        while self.method != "finite_differences":
+            # The first product also shows what the graphs are made of.
+            trace = None if self._examined else GraphTrace(self.objective.model)
             try:
-                return self._exact_somehow(part, rows)
-            except NotTwiceDifferentiableError as error:
-                if self._insists:
-                    raise
-                self.method, self.reason = "finite_differences", str(error).split(". ")[0] + "."
-                product = differences()
-                self._announce(product)
+                with trace or contextlib.nullcontext():
+                    product = self._summed(part, rows, trace)
+                if trace is not None:
+                    self._check_functions(trace)
+                    self._examined = True
                 return product
-        return differences()
-
-    def _exact_somehow(self, part: Part, rows: int) -> Tensor:
-        """The exact products, in a plainer way where the model does not bear a faster one."""
-        while True:
-            try:
-                return self._examined_or_exact(part, rows)
             except Exception as error:
-                if not self.objective.differentiation.retreat(error):
+                if not self._adapts_to(error):
                     raise
-
-    def _examined_or_exact(self, part: Part, rows: int) -> Tensor:
-        if self._examined:
-            return self._exact(part, rows)
-        with GraphTrace(self.objective.model) as trace:
-            product = self._summed(part, rows, trace)
-        self._check_functions(trace)
-        self._examined = True
+        product = differences()
+        if self.reason and not self._announced:
+            self._announce(product)
         return product
 
-    def _exact(self, part: Part, rows: int) -> Tensor:
-        """The product, by graphs that are kept where there are any."""
-        served = bool(self._kept.seen)
-        try:
-            with self._kept.recording():
-                return self._summed(part, rows)
-        except RuntimeError as error:
-            said = f"{error} {error.__cause__}"
+    def _adapts_to(self, error: Exception) -> bool:
+        """Take a plainer way after an error; whether there was one that may help."""
+        if isinstance(error, NotTwiceDifferentiableError):
+            if not self._insists:
+                self.method, self.reason = "finite_differences", str(error).split(". ")[0] + "."
+            return not self._insists
+        said = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else ""
+        if "saved tensor hooks" in said and self._cache.keeps:
             # Transforms of torch.func within the model allow no hooks on what graphs save.
-            if "saved tensor hooks" in said:
-                self._kept.give_up()
-            elif served and "modified by an inplace" in said:
-                # Data, or a tensor that is no parameter, has been written to since.
-                self._kept.clear()
-            else:
-                raise
-        return self._summed(part, rows)
+            self._cache.give_up()
+            return True
+        if "modified by an inplace" in said and self._served:
+            # Data, or a tensor that is no parameter, has been written to since.
+            self._cache.clear()
+            return True
+        return self.objective.differentiation.retreat(error)
 
-    def _summed(self, part: Part, rows: int, trace: GraphTrace | None = None) -> Tensor:
-        kept = self._kept
-
-        def add(seen: Evaluated, leaves: list[Tensor]) -> PerLeaf:
-            graph = kept.graph(seen)
-            if graph is not None:
-                return part(graph, True)
-            try:
-                graph = seen.prepared or self._graph(seen, leaves, trace)
-                return part(graph, kept.offer(seen, graph))
-            finally:
-                if trace is not None:
-                    trace.forget()
-
-        loss, product = self.objective.sum_over_batches(
-            add,
-            derivatives=2,
-            rows=rows,
-            kept=kept.seen,
-            outputs_only=self._outputs_only,
-        )
+    def _summed(self, part: Part[G], rows: int, trace: GraphTrace | None = None) -> Tensor:
+        """Return the weighted mean of what batches give; graphs are kept from the second on."""
+        cache = self._cache
+        total = WeightedSum(self.objective, rows)
+        with cache.recording() if self._examined else contextlib.nullcontext():
+            self._served = bool(cache.seen)
+            batches = self.objective.evaluate_batches(
+                derivatives=2, kept=cache.seen, outputs_only=self._outputs_only
+            )
+            with batches:
+                for seen in batches:
+                    with batches.visiting(seen):
+                        total.add(seen, self._batch_product(seen, part, trace))
+        loss = batches.mean_losses(check=True)[0]
         if not math.isnan(loss):
             # What cancels exactly on paper, such as a bias before batch norm, leaves this much.
             eps = working_eps(self.objective.model, self.device)
             self.floor = max(100 * torch.finfo(self.dtype).eps, eps) * abs(loss)
-        return product
+        return total.mean()
+
+    def _batch_product(self, seen: Evaluated, part: Part[G], trace: GraphTrace | None) -> PerLeaf:
+        """Return what one batch gives, by its graph, kept or built now."""
+        graph = self._cache.graph(seen)
+        if graph is not None:
+            return part(graph, True)
+        try:
+            graph = self._graph(seen, self.objective.leaves_of(seen), trace)
+            return part(graph, self._cache.offer(seen, graph))
+        finally:
+            if trace is not None:
+                trace.forget()
 
     def _difference(self, vector: Tensor) -> Tensor:
         eps = working_eps(self.objective.model, self.device)
@@ -262,6 +273,7 @@ class CurvatureOperator(LinearOperator):
             )
 
     def _announce(self, product: Tensor) -> None:
+        self._announced = True
         size = float(torch.linalg.vector_norm(product[0])) or 1.0
         warn(
             f"{self.reason[:-1]}, so {self._differences}, with an "

@@ -16,12 +16,12 @@ from ..derivatives.tracing import LOSS, GraphTrace
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotTwiceDifferentiableError, warn
 from ..objective.forward import Evaluated
 from ..objective.guards import no_checkpoint_warning
-from ..objective.objective import Objective, check_objective
+from ..objective.objective import BatchPart, Objective, WeightedSum, check_objective
 from ..objective.weights import split_pair
 from ..support.checks import check_choice, check_integer
 from ..support.randomness import Seed, as_generator, rademacher, reseed
 from ..support.trees import mapped, to_device
-from .curvature import CurvatureOperator, Part
+from .curvature import CurvatureOperator
 from .outputs.fisher import check_examples, drawn_scores, given_scores, likelihood_curvature
 from .outputs.jacobians import jacobian_diagonal
 from .outputs.loss_curvature import (
@@ -33,7 +33,7 @@ from .outputs.loss_curvature import (
 )
 from .products.differences import extrapolated
 from .products.gradient_graph import PerLeaf
-from .products.graph_cache import Graph, KeepGraph
+from .products.graph_cache import KeepGraph
 from .products.output_graph import OutputGraph
 
 __all__ = ["FisherOperator", "GaussNewtonOperator"]
@@ -43,7 +43,7 @@ METHODS = ("auto", "double_backward", "finite_differences")
 LINEAR = "The loss is linear in the model's outputs, so that its Gauss–Newton matrix is zero."
 
 
-class _OutputOperator(CurvatureOperator):
+class _OutputOperator(CurvatureOperator[OutputGraph]):
     """Jᵀ M J, with M on the outputs of each batch."""
 
     _outputs_only = True
@@ -66,10 +66,22 @@ class _OutputOperator(CurvatureOperator):
     def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
         """M for one batch."""
 
-    def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> Graph:
+    def _graph(
+        self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None
+    ) -> OutputGraph:
         matrix = self._matrix(seen, trace)
         outputs = outputs_at(seen.output, places_in(seen.output))
         return OutputGraph(outputs, matrix, leaves, self.objective.layout, trace)
+
+    def _sum_over_outputs(self, part: BatchPart, *, rows: int) -> Tensor:
+        """Return the weighted mean of what `part` makes of each batch's outputs, (rows, n)."""
+        objective, total = self.objective, WeightedSum(self.objective, rows)
+        with objective.evaluate_batches(derivatives=1, outputs_only=True) as batches:
+            for seen in batches:
+                with batches.visiting(seen):
+                    total.add(seen, part(seen, objective.leaves_of(seen)))
+        batches.mean_losses(check=True)
+        return total.mean()
 
     def exact_diagonal(self) -> Tensor | None:
         """The diagonal, shape (n,), by the Jacobian of each example.
@@ -93,7 +105,7 @@ class _OutputOperator(CurvatureOperator):
 
         try:
             with GraphTrace(self.objective.model) as trace:
-                total = self.objective.sum_over_batches(part, derivatives=1, outputs_only=True)[1]
+                total = self._sum_over_outputs(part, rows=1)
         except NotTwiceDifferentiableError:
             return None
         return total[0] if possible else None
@@ -153,8 +165,7 @@ class _OutputOperator(CurvatureOperator):
                 nothing = mapped(seen.output, torch.zeros_like)
                 return found + list(pulled(mapped(seen.output, Tensor.detach), nothing, 1.0))
 
-            rows = objective.sum_over_batches(part, derivatives=1, rows=3, outputs_only=True)[1]
-            wide, narrow, size = rows
+            wide, narrow, size = self._sum_over_outputs(part, rows=3)
             return wide, narrow, float(torch.linalg.vector_norm(size))
 
         return extrapolated(quotients, vector, objective.point(), eps)
@@ -267,26 +278,20 @@ class GaussNewtonOperator(_OutputOperator):
         self._convex = self._convex and matrix.positive
         return matrix
 
-    def _products(self, vectors: Tensor) -> Tensor:
-        products = super()._products(vectors)
+    def _inspect(self, vectors: Tensor, products: Tensor) -> None:
+        self._warn_if_linear()
         if not self._convex:
             lengths = torch.linalg.vecdot(vectors, vectors)
             found = torch.linalg.vecdot(vectors, products) / lengths.clamp(min=1e-30)
             low, size = found.min(), found.abs().max()
             old = (low, size) if self._quotients is None else self._quotients
             self._quotients = torch.stack([torch.minimum(low, old[0]), torch.maximum(size, old[1])])
-        return products
 
     def exact_diagonal(self) -> Tensor | None:
         """As of other operators on outputs; zeros where the loss is linear."""
         found = super().exact_diagonal()
         self._warn_if_linear()
         return found
-
-    def _summed(self, part: Part, rows: int, trace: GraphTrace | None = None) -> Tensor:
-        product = super()._summed(part, rows, trace)
-        self._warn_if_linear()
-        return product
 
     def _warn_if_linear(self) -> None:
         if self._linear and not self._told:

@@ -22,7 +22,7 @@ Method = Literal["auto", "double_backward", "finite_differences"]
 METHODS = ("auto", "double_backward", "finite_differences")
 
 
-class HessianOperator(CurvatureOperator):
+class HessianOperator(CurvatureOperator[GradientGraph]):
     """H = ∇²L(θ), by products over the whole data set.
 
     Products are exact, reverse over reverse: counting operations, one costs three gradients, the

@@ -19,7 +19,6 @@ from ..objective.microbatches import Microbatch
 from ..objective.modules import drops
 from ..objective.objective import Objective
 from ..objective.selection import Selection
-from ..operators.curvature import CurvatureOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.hessian import HessianOperator
 from ..support.checks import check_integer
@@ -306,7 +305,7 @@ def _notes(
     }
     if objective.mode == "eval" and any(found.values()):
         notes.append(f"Evaluation mode: {' and '.join(w for w, is_so in found.items() if is_so)}.")
-    operators: list[tuple[CurvatureOperator, str]] = [
+    operators: list[tuple[HessianOperator | GaussNewtonOperator, str]] = [
         (hessian, "Hessian products are differences of gradients")
     ]
     if gauss_newton is not None:

@@ -39,6 +39,9 @@ class GradientGraph:
         layout: how the leaves lie in a vector.
         trace: entered while the loss was computed, when the graph is to be examined.
 
+    Attributes:
+        saved: empty; all that it holds is seen by saved-tensor hooks.
+
     Raises:
         NotTwiceDifferentiableError: an operation has no second derivative; the error names it,
             and with `trace` the module that called it.
@@ -55,6 +58,7 @@ class GradientGraph:
         if refusal is not None:
             raise not_twice(*refusal)
         self._leaves, self._layout, self._trace = leaves, layout, trace
+        self.saved: dict[int, int] = {}
         with second_derivative(trace):
             gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant in θ: a linear or an unused parameter. Of the
@@ -77,14 +81,11 @@ class GradientGraph:
             NotTwiceDifferentiableError: an operation has no second derivative.
         """
         every = range(len(self._leaves))
-        last = len(vectors) - 1
-        return [
-            piece
-            for number, vector in enumerate(vectors)
-            for piece in self._product(
-                self._layout.unflatten(vector), every, keep=keep or number < last
-            )
-        ]
+        found: list[Tensor | None] = []
+        for number, vector in enumerate(vectors, start=1):
+            pieces = self._layout.unflatten(vector)
+            found += self._product(pieces, every, keep=keep or number < len(vectors))
+        return found
 
     def block_product(
         self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = False

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Iterator
-from typing import Any, Literal
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,9 @@ from ...objective.objective import Objective
 from ...support.failures import available_bytes
 from ...support.trees import same_values, tensors_in
 from .fingerprint import memory_of, settings, tensor_marks
-from .gradient_graph import GradientGraph
-from .output_graph import OutputGraph
+from .gradient_graph import PerLeaf
 
-__all__ = ["Graph", "KeepGraph", "KeptGraphs"]
+__all__ = ["BatchGraph", "GraphCache", "KeepGraph"]
 
 KeepGraph = bool | Literal["auto"]
 
@@ -28,10 +27,28 @@ SHARE = 4
 """With "auto" the graphs may take this fraction of the memory that is free."""
 
 
-Graph = GradientGraph | OutputGraph
+class BatchGraph(Protocol):
+    """What products are taken by, for one batch."""
+
+    saved: dict[int, int]
+    """Address and bytes of memory that it holds and that saved-tensor hooks do not see."""
+
+    def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> PerLeaf:
+        """Return the products with vectors of shape (n,), one after the other.
+
+        Args:
+            vectors: each of shape (n,).
+            keep: whether the graph is to serve once more.
+
+        Returns:
+            For each vector a tensor for each leaf, or None for zeros.
+        """
 
 
-class KeptGraphs:
+G = TypeVar("G", bound=BatchGraph)
+
+
+class GraphCache(Generic[G]):
     """What a session of Hessian products keeps of each batch: its loss, and its gradient's graph.
 
     A batch is kept when its graph still fits the budget; of the others the graphs are rebuilt for
@@ -49,7 +66,7 @@ class KeptGraphs:
         self._sessions = 0
         self._budget = 0.0
         self._recording = False
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[int, G] = {}
         self._state: _State | None = None
         self._marks: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {}
         # Sizes of the memory held, by address: that of the kept batches, and of the present one.
@@ -87,7 +104,7 @@ class KeptGraphs:
         self.clear()
         self._budget = 0.0
 
-    def graph(self, seen: Evaluated) -> Graph | None:
+    def graph(self, seen: Evaluated) -> G | None:
         """The graph of a batch that is kept."""
         return self._graphs[seen.batch.index] if seen is self.seen.get(seen.batch.index) else None
 
@@ -117,13 +134,12 @@ class KeptGraphs:
             self._recording = False
             self._packed.clear()
 
-    def offer(self, seen: Evaluated, graph: Graph) -> bool:
+    def offer(self, seen: Evaluated, graph: G) -> bool:
         """Keep the batch that was evaluated last, if its graph fits; whether it does."""
         if not self._recording:
             return False
         packed, self._packed = self._packed, {}
-        if isinstance(graph, OutputGraph):
-            packed |= graph.saved
+        packed |= graph.saved
         batch = seen.batch
         cached = self._objective.batches.cached
         model = self._objective.model
@@ -140,7 +156,7 @@ class KeptGraphs:
         self._marks[index] = tensor_marks(tensors_in(batch.data))
         # Without the loss's own graph, of which nothing more is wanted.
         self.seen[index] = dataclasses.replace(
-            seen, batch=batch, loss=seen.loss.detach(), output=None, target=None, prepared=graph
+            seen, batch=batch, loss=seen.loss.detach(), output=None, target=None
         )
         self._graphs[index] = graph
         return True

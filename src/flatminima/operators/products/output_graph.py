@@ -95,12 +95,11 @@ class OutputGraph:
         Returns:
             For each v a tensor for each leaf, or None for zeros.
         """
-        last = len(vectors) - 1
-        return [
-            piece
-            for number, vector in enumerate(vectors)
-            for piece in self._product(self._layout.unflatten(vector), keep or number < last)
-        ]
+        found: list[Tensor | None] = []
+        for number, vector in enumerate(vectors, start=1):
+            pieces = self._layout.unflatten(vector)
+            found += self._product(pieces, keep or number < len(vectors))
+        return found
 
     def _product(self, pieces: Sequence[Tensor], keep: bool) -> PerLeaf:
         if not self._edges:
