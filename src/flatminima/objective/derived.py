@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from ..support.failures import explained
 from ..support.trees import cut, length_of
 from .batches import Batch, located
+from .losses import known_loss
 from .objective import Objective
-from .weights import criterion_function
 
 __all__ = ["groups_of", "with_normalized_logits"]
 
@@ -74,9 +73,8 @@ def with_normalized_logits(call: str, objective: Objective) -> Objective:
         InvalidArgumentError: the loss is not a cross-entropy.
     """
     loss_fn = objective.loss_fn
-    function = criterion_function(loss_fn)
-    known = isinstance(function, nn.CrossEntropyLoss) or function is F.cross_entropy
-    if loss_fn is None or not known:
+    row = known_loss(loss_fn)
+    if loss_fn is None or row is None or row.hessian != "softmax":
         raise InvalidArgumentError(
             f"The 'normalize_logits' argument of {call} is for loss_fn=CrossEntropyLoss on logits; "
             f"the loss of this objective is {_name(objective.criterion)}. Leave it out."

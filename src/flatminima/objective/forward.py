@@ -15,7 +15,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from ..errors import ArgumentTypeError, LossNotScalarError
 from ..support.trees import mapped
 from .batches import Batch
-from .weights import has_closed_form, split_pair
+from .losses import has_closed_form
+from .weights import split_pair
 
 __all__ = ["Evaluated", "Forward", "Within"]
 

@@ -8,7 +8,6 @@ import copy
 import functools
 import random
 import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..derivatives.recurrent import twice_differentiable
 from ..derivatives.weight_norm import DifferentiableWeightNorm, has_weight_norm
-from ..support.trees import same_values
+from ..support.trees import is_record, same_values, walk
 
 __all__ = ["Derivatives", "Guard", "evaluating", "no_checkpoint_warning"]
 
@@ -172,7 +171,7 @@ class _Bound:
         owners = [vars(m) for m in modules]
         values = _reached([v for o in owners for n, v in o.items() if n not in _OF_MODULES])
         own = [o[name] for o in owners for name in ("_parameters", "_buffers", "_modules")]
-        self._bound = [*owners, *own, *(vars(v) for v in values if _is_plain(v))]
+        self._bound = [*owners, *own, *(vars(v) for v in values if is_record(v))]
         hooks = [o[name] for o in owners for name in _HOOKS if name in o]
         held = [*(v for v in values if isinstance(v, _CONTAINERS)), *hooks]
         self._empty = [v for v in held if not v]
@@ -246,27 +245,13 @@ _HOOKS = tuple(n for n, v in vars(nn.Module()).items() if isinstance(v, dict) an
 
 
 def _reached(attributes: Sequence[Any]) -> list[Any]:
-    """What plain attributes lead to, through containers, tuples and plain objects."""
-    found: dict[int, Any] = {}
-    waiting = [v for v in attributes if not isinstance(v, _ATOMS)]
-    own = {id(v) for v in waiting if isinstance(v, Tensor)}
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, _ATOMS) or id(value) in found:
-            continue
-        if isinstance(value, (nn.Module, nn.Parameter)) or id(value) in own:
-            continue
-        found[id(value)] = value
-        if isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, (tuple, *_CONTAINERS)):
-            waiting += value
-        elif _is_plain(value):
-            waiting += vars(value).values()
-    return list(found.values())
+    """Return what attributes lead to, but for modules, parameters and tensors bound directly."""
+    own = {id(v) for v in attributes if isinstance(v, Tensor)}
 
+    def passes_over(value: Any) -> bool:
+        return isinstance(value, (nn.Module, nn.Parameter)) or id(value) in own
 
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+    return list({id(v): v for a in attributes for v in walk(a, passes_over)}.values())
 
 
 def _same_members(container: Any, before: Any, *, thorough: bool) -> bool:
@@ -298,9 +283,3 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.bit_generator.state = state
     else:
         (getattr(generator, "setstate", None) or generator.set_state)(state)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is an object with attributes of its own, neither code nor tensor nor module."""
-    code = (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
-    return hasattr(value, "__dict__") and not isinstance(value, (Tensor, nn.Module, *code))

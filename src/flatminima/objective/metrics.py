@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ArgumentTypeError, InvalidArgumentError, LossNotScalarError, ShapeError
-from .weights import criterion_function, criterion_option, example_count
+from .losses import criterion_option, known_loss
+from .weights import example_count
 
 __all__ = ["Metric", "accuracy", "classification_error", "label_count", "metric_value"]
 
@@ -73,12 +73,13 @@ def classification_error(call: str, loss_fn: Any) -> Metric:
 
 class _ClassificationError:
     def __init__(self, call: str, loss_fn: Any) -> None:
-        function = criterion_function(loss_fn)
-        self._call = call
-        self._regresses = isinstance(function, _REGRESSIONS) or function in _REGRESSION_FUNCTIONS
-        self._logistic = isinstance(function, _LOGISTIC) or function in _LOGISTIC_FUNCTIONS
-        self._probabilities = type(function) is nn.BCELoss or function is F.binary_cross_entropy
+        row = known_loss(loss_fn)
+        self._call, self._targets = call, None if row is None else row.targets
         self._ignored = criterion_option(loss_fn, "ignore_index", -100)
+
+    @property
+    def _is_binary(self) -> bool:
+        return self._targets in ("logits", "probabilities")
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         """1 − accuracy over the labels that count."""
@@ -87,15 +88,17 @@ class _ClassificationError:
         shapes = f"outputs {tuple(output.shape)} and targets {tuple(target.shape)}"
         single = output.dim() < 2 or output.shape[1] == 1
         wanted = output.shape[:1] + output.shape[2:]
-        if self._regresses and (single or not _sum_to_one(output, target)):
+        if self._targets == "numbers" and (single or not _sum_to_one(output, target)):
             self._refuse("its loss is that of a regression")
         if single:
             kept = target[target != -100]
             # A number for each example is as a rule a regression; labels of a logit are 0 and 1.
             labels = bool(((kept == 0) | (kept == 1)).all())
-            if output.numel() != target.numel() or not (labels or self._logistic):
+            if output.numel() != target.numel() or not (labels or self._is_binary):
                 self._refuse(f"{shapes} of {target.dtype} hold values that are no two classes")
-            return 1 - accuracy(output - 0.5 if self._probabilities else output, target)
+            return 1 - accuracy(
+                output - 0.5 if self._targets == "probabilities" else output, target
+            )
         if target.dtype.is_floating_point:
             if not _sum_to_one(output, target):
                 self._refuse(f"{shapes} of {target.dtype} hold values that are no classes")
@@ -118,28 +121,6 @@ class _ClassificationError:
             f"{self._call}(on='error') counts wrong classes, and this model is no classifier: "
             f"{why}. Use on='loss'."
         )
-
-
-_REGRESSIONS = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.PoissonNLLLoss,
-    nn.GaussianNLLLoss,
-)
-_REGRESSION_FUNCTIONS = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.poisson_nll_loss,
-    F.gaussian_nll_loss,
-)
-
-
-_LOGISTIC = (nn.BCEWithLogitsLoss, nn.BCELoss)
-_LOGISTIC_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.binary_cross_entropy)
 
 
 def _sum_to_one(output: Tensor, target: Tensor) -> bool:

@@ -18,12 +18,13 @@ from .batches import Batch, Batches
 from .evaluator import Evaluator, Pass, Point
 from .forward import Evaluated
 from .guards import Derivatives
+from .losses import is_sum
 from .metrics import Metric
 from .microbatches import Microbatch, Pieces
 from .modules import check_devices, check_model, unwrapped
 from .points import State, evaluate_states
 from .selection import Selection, select_parameters
-from .weights import BatchWeight, example_count, is_sum, split_pair
+from .weights import BatchWeight, example_count, split_pair
 
 __all__ = ["BatchPart", "Objective", "WeightedSum", "check_objective"]
 

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 from ..support.trees import tensors_in
+from .losses import criterion_function, criterion_option, known_loss
 
-__all__ = [
-    "BatchWeight",
-    "as_pytorch_has_it",
-    "criterion_function",
-    "criterion_option",
-    "example_count",
-    "example_weights",
-    "has_closed_form",
-    "is_known",
-    "is_sum",
-    "split_pair",
-    "token_weight",
-]
+__all__ = ["BatchWeight", "example_count", "example_weights", "split_pair", "token_weight"]
 
 
 def token_weight(
@@ -97,85 +84,6 @@ def example_count(data: Any) -> int | None:
     return int(lengths.pop()) if len(lengths) == 1 else None
 
 
-_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-_CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
-_ELEMENT_LOSSES = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-    nn.KLDivLoss,
-    nn.HingeEmbeddingLoss,
-)
-_ELEMENT_FUNCTIONS = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.poisson_nll_loss,
-    F.soft_margin_loss,
-    F.kl_div,
-    F.hinge_embedding_loss,
-)
-_FUNCTIONS = (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS)
-
-
-def criterion_option(loss_fn: Any, name: str, default: Any) -> Any:
-    """An option of a criterion: an attribute of a module, a keyword bound by `partial`."""
-    if isinstance(loss_fn, functools.partial):
-        return loss_fn.keywords.get(name, criterion_option(loss_fn.func, name, default))
-    return getattr(loss_fn, name, default) if isinstance(loss_fn, nn.Module) else default
-
-
-def criterion_function(loss_fn: Any) -> Any:
-    """The criterion inside of `functools.partial`."""
-    while isinstance(loss_fn, functools.partial):
-        loss_fn = loss_fn.func
-    return loss_fn
-
-
-def as_pytorch_has_it(loss_fn: Any) -> bool:
-    """Whether calling it does what its class or function says: no hook, no forward of its own."""
-    if isinstance(loss_fn, functools.partial) and loss_fn.args:
-        return False
-    function = criterion_function(loss_fn)
-    if not isinstance(function, nn.Module):
-        return True
-    hooks = (function._forward_hooks, function._forward_pre_hooks, function._backward_hooks)
-    return not any(hooks) and "forward" not in vars(function)
-
-
-def is_known(loss_fn: Any) -> bool:
-    """Whether it is one of PyTorch's criteria, as it is."""
-    function = criterion_function(loss_fn)
-    module = isinstance(function, nn.modules.loss._Loss) and type(function).__module__.startswith(
-        "torch."
-    )
-    return as_pytorch_has_it(loss_fn) and (module or function in _FUNCTIONS)
-
-
-def has_closed_form(loss_fn: Any) -> bool:
-    """Whether its second derivative by the outputs is known without differentiating."""
-    function = criterion_function(loss_fn)
-    kinds = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)
-    functions = (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits)
-    return as_pytorch_has_it(loss_fn) and (type(function) in kinds or function in functions)
-
-
-def is_sum(loss_fn: Any) -> bool:
-    """Whether the criterion adds up its terms instead of averaging them."""
-    # size_average is how reduction was spelled once; the modules translate it themselves.
-    if criterion_option(loss_fn, "size_average", None) is False:
-        return True
-    return bool(criterion_option(loss_fn, "reduction", "mean") == "sum")
-
-
 def _count_terms(loss_fn: Any, target: Any) -> float | None:
     """The weight w_b: over how many terms the criterion's mean runs for this target.
 
@@ -183,11 +91,12 @@ def _count_terms(loss_fn: Any, target: Any) -> float | None:
     weight. Element-wise criteria (MSE, BCE, …): the elements of the target. Anything else: the
     target's first dimension. None when the target does not tell.
     """
-    function = criterion_function(loss_fn)
+    row = known_loss(loss_fn)
+    terms = "examples" if row is None else row.terms
     tensor = next(tensors_in(target), None)
     if tensor is None:
         return None
-    if isinstance(function, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS:
+    if terms == "labels":
         if tensor.dtype.is_floating_point:
             return float(tensor.numel() // tensor.shape[1]) if tensor.dim() > 1 else 1.0
         kept = tensor != criterion_option(loss_fn, "ignore_index", -100)
@@ -196,7 +105,7 @@ def _count_terms(loss_fn: Any, target: Any) -> float | None:
             return float(kept.sum().item())
         classes = weight.detach().double().cpu()
         return float(classes[tensor[kept].long().cpu()].sum().item())
-    if isinstance(function, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
+    if terms == "elements":
         if criterion_option(loss_fn, "reduction", "mean") == "batchmean":
             return float(tensor.shape[0])
         return float(tensor.numel())
@@ -208,15 +117,14 @@ def example_weights(loss_fn: Any, target: Any) -> Tensor | None:
 
     The batch's weight in parts, shape (examples,); None when the target does not tell.
     """
-    function = criterion_function(loss_fn)
+    row = known_loss(loss_fn)
     tensor = next(tensors_in(target), None)
     if tensor is None:
         return None
     if tensor.dim() == 0:
         tensor = tensor.unsqueeze(0)
     ones = torch.ones(len(tensor), dtype=torch.float64, device=tensor.device)
-    indices = not tensor.dtype.is_floating_point
-    if indices and (isinstance(function, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS):
+    if row is not None and row.terms == "labels" and not tensor.dtype.is_floating_point:
         used = tensor != criterion_option(loss_fn, "ignore_index", -100)
         weight = criterion_option(loss_fn, "weight", None)
         own = used.double()
@@ -326,9 +234,8 @@ def _hides_labels(loss_fn: Any, data: Any, target: Any) -> bool:
     if loss_fn is None:
         labels = _integer_labels(data, _labels_place(data))
     else:
-        function = criterion_function(loss_fn)
-        known = function in _FUNCTIONS or isinstance(function, nn.modules.loss._Loss)
-        labels = None if known else target
+        criterion = isinstance(criterion_function(loss_fn), nn.modules.loss._Loss)
+        labels = None if criterion or known_loss(loss_fn) is not None else target
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
         return False
     return bool((labels == -100).any())

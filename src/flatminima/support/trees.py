@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
+import types
 import zlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "cut",
     "fingerprint",
+    "is_record",
     "length_of",
     "mapped",
+    "members",
     "same_tensors",
     "same_values",
     "tensors_in",
     "to_device",
+    "walk",
 ]
 
 
@@ -203,29 +208,77 @@ def same_values(first: Tensor, second: Tensor) -> bool:
     return bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
-def tensors_in(data: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor inside `data`, also inside objects of classes unknown here."""
-    seen = set() if seen is None else seen
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+
+
+def is_record(value: Any) -> bool:
+    """Whether what an object is lies in its attributes: no code, tensor, array or module."""
+    if isinstance(value, (Tensor, nn.Module, functools.partial, *_CODE)):
+        return False
+    return hasattr(value, "__dict__")
+
+
+def members(value: Any) -> Iterable[Any] | None:
+    """Return what a container or an object holds, one level deep; None for what holds nothing.
+
+    Of mappings these are the values, of dataclasses the fields, of other objects the attributes.
+    """
+    if isinstance(value, (Tensor, np.ndarray, *_ATOMS)):
+        return None
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, SEQUENCES):
+        return value
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return (getattr(value, field.name) for field in dataclasses.fields(value))
+    return vars(value).values() if hasattr(value, "__dict__") else None
+
+
+def walk(value: Any, passes_over: Callable[[Any], bool] | None = None) -> Iterator[Any]:
+    """Yield an object and all that it leads to, depth first and in order.
+
+    Each container and object comes once; tensors, arrays and plain values as often as they are
+    held.
+
+    Args:
+        value: anything.
+        passes_over: what is neither yielded nor followed.
+    """
+    seen: set[int] = set()
+    # Held, as another object might be given the identity of one that is gone.
+    held: list[Any] = []
+    waiting: list[Iterator[Any]] = [iter((value,))]
+    while waiting:
+        item = next(waiting[-1], waiting)
+        if item is waiting:
+            waiting.pop()
+            continue
+        if isinstance(item, _ATOMS) or (passes_over is not None and passes_over(item)):
+            continue
+        inside = members(item)
+        if inside is None:
+            yield item
+        elif id(item) not in seen:
+            seen.add(id(item))
+            held.append(item)
+            yield item
+            waiting.append(iter(inside))
+
+
+def tensors_in(data: Any) -> Iterator[Tensor]:
+    """Yield every tensor inside `data`, also inside objects of unknown classes."""
     if isinstance(data, Tensor):
         yield data
-    elif isinstance(data, (str, bytes, int, float, bool, type(None))) or id(data) in seen:
         return
-    else:
-        seen.add(id(data))
-        if isinstance(data, np.ndarray):
-            if data.dtype.kind in "biuf":
-                yield torch.as_tensor(data)
-        elif isinstance(data, Mapping):
-            for value in data.values():
-                yield from tensors_in(value, seen)
-        elif isinstance(data, (tuple, list)):
-            for item in data:
-                yield from tensors_in(item, seen)
-        elif dataclasses.is_dataclass(data) and not isinstance(data, type):
-            for field in dataclasses.fields(data):
-                yield from tensors_in(getattr(data, field.name), seen)
-        elif hasattr(data, "__dict__"):
-            yield from tensors_in(vars(data), seen)
+    for value in walk(data):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            yield torch.as_tensor(value)
 
 
 def fingerprint(data: Any) -> int:

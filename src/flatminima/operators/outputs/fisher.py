@@ -8,17 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import InvalidArgumentError
-from ...objective.weights import (
-    criterion_function,
-    criterion_option,
-    example_weights,
-    is_known,
-    is_sum,
-)
+from ...objective.losses import criterion_option, is_known, is_sum, known_loss, pytorch_loss
+from ...objective.weights import example_weights
 from ...support.trees import cut, mapped, tensors_in
 from .loss_curvature import (
     Diagonal,
@@ -91,12 +85,11 @@ def likelihood_curvature(criterion: Any, output: Any, target: Any) -> OutputMatr
     Of softmax and logistic outputs and the squared error it is the Hessian of the loss; of
     log-probabilities under NLLLoss, which is linear in them, diag p. None for other criteria.
     """
-    found = closed_form(criterion, output, target)
-    if found is not None:
-        return found if lacks(criterion, "pos_weight") else None
-    function = criterion_function(criterion)
-    if type(function) is not nn.NLLLoss and function is not F.nll_loss:
+    row = pytorch_loss(criterion)
+    if row is None or row.likelihood is None:
         return None
+    if row.likelihood != "log_probabilities":
+        return closed_form(criterion, output, target) if lacks(criterion, "pos_weight") else None
     coefficients = label_coefficients(criterion, output, target)
     return None if coefficients is None else _LogProbabilities(output.detach(), coefficients)
 
@@ -202,7 +195,8 @@ def given_scores(criterion: Any, output: Any, target: Any) -> ScoreMatrix:
     weights = example_weights(criterion, target)
     labels = next(tensors_in(target), None)
     probabilities = labels is not None and labels.dtype.is_floating_point
-    classes = type(criterion_function(criterion)) is nn.CrossEntropyLoss and probabilities
+    row = known_loss(criterion)
+    classes = row is not None and row.hessian == "softmax" and probabilities
     single = labels is not None and labels.dim() == (1 if classes else 0)
     if single and weights is not None:
         weights = torch.ones_like(weights[:1])

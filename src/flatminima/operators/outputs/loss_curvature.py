@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...derivatives.channels_last import is_marked
 from ...derivatives.missing import not_twice
 from ...derivatives.tracing import GraphTrace
 from ...errors import ArgumentTypeError
-from ...objective.weights import as_pytorch_has_it, criterion_function, criterion_option, is_sum
+from ...objective.losses import criterion_option, is_sum, pytorch_loss
 from ...support.trees import mapped, tensors_in
 
 __all__ = [
@@ -271,22 +270,19 @@ def closed_form(criterion: Any, output: Any, target: Any) -> LossHessian | None:
     """The closed form for these criteria and their functions, with their options bound or not."""
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         return None
-    found: LossHessian | None = None
-    if not as_pytorch_has_it(criterion):
+    row = pytorch_loss(criterion)
+    if row is None or row.hessian is None:
         return None
-    function = criterion_function(criterion)
-    kind = type(function)
-    if kind is nn.CrossEntropyLoss or function is F.cross_entropy:
+    if row.hessian == "softmax":
         coefficients = label_coefficients(criterion, output, target)
-        found = None if coefficients is None else Softmax(output, coefficients)
-    elif output.shape == target.shape and output.numel() > 0:
-        share = 1.0 if is_sum(criterion) else 1 / output.numel()
-        if kind is nn.MSELoss or (function is F.mse_loss and lacks(criterion, "weight")):
-            found = Diagonal(2 * share)
-        elif kind is nn.BCEWithLogitsLoss or function is F.binary_cross_entropy_with_logits:
-            curvature = _logistic(criterion, output, target) * share
-            found = Logistic(curvature) if curvature.shape == output.shape else None
-    return found
+        return None if coefficients is None else Softmax(output, coefficients)
+    if output.shape != target.shape or output.numel() == 0:
+        return None
+    share = 1.0 if is_sum(criterion) else 1 / output.numel()
+    if row.hessian == "squared":
+        return Diagonal(2 * share) if lacks(criterion, "weight") else None
+    curvature = _logistic(criterion, output, target) * share
+    return Logistic(curvature) if curvature.shape == output.shape else None
 
 
 def lacks(criterion: Any, name: str) -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
-import types
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ...support.trees import SEQUENCES, is_record, members
 
 __all__ = ["described", "memory_of", "settings", "tensor_identity", "tensor_marks"]
 
@@ -90,31 +90,27 @@ def _described(value: Any, mark: Mark, known: list[Any], within: frozenset[int])
         return value.dtype.str, value.shape, value.tobytes()
     if id(value) in within:
         return "again"
-    deeper = within | {id(value)}
-    inside: Iterable[Any] | None = None
-    if isinstance(value, Mapping):
-        inside = itertools.chain(*value.items()) if len(value) < LONG else None
-    elif isinstance(value, (list, tuple, collections.deque)):
-        inside = value if len(value) < LONG else None
-    elif isinstance(value, (set, frozenset)):
-        if len(value) < LONG:
-            return type(value), frozenset(_described(v, mark, known, deeper) for v in value)
-    elif isinstance(value, functools.partial):
-        inside = (value.func, value.args, value.keywords)
-    elif _is_record(value):
-        inside = vars(value).items()
+    inside = members(value) if _is_compared_by_parts(value) else None
     if inside is None:
         known.append(value)
         return type(value), id(value)
-    return type(value), tuple(_described(v, mark, known, deeper) for v in inside)
+    deeper = within | {id(value)}
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_described(v, mark, known, deeper) for v in inside)
+    keys = value if isinstance(value, Mapping) else vars(value) if is_record(value) else ()
+    parts = itertools.chain(keys, inside)
+    return type(value), tuple(_described(v, mark, known, deeper) for v in parts)
 
 
-def _is_record(value: Any) -> bool:
-    """Whether what it is lies in its attributes: neither a module, nor a function, nor a class."""
-    functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
-    if isinstance(value, (nn.Module, *functions)) or not hasattr(value, "__dict__"):
-        return False
-    return not callable(value) or not type(value).__module__.startswith("torch.")
+def _is_compared_by_parts(value: Any) -> bool:
+    """Whether an object is compared by what it holds, and not by its identity."""
+    if isinstance(value, (Mapping, *SEQUENCES)):
+        return len(value) < LONG
+    if isinstance(value, functools.partial):
+        return True
+    return is_record(value) and not (
+        callable(value) and type(value).__module__.startswith("torch.")
+    )
 
 
 def tensor_identity(tensor: Tensor) -> Hashable:
