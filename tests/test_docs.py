@@ -161,6 +161,14 @@ def test_the_architecture_names_every_room_in_its_order() -> None:
     assert re.findall(r"^\| `([\w/]+?)/?` \|", page, re.MULTILINE) == list(ROOMS)
 
 
+def test_the_picture_of_the_rooms_is_that_of_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    import draw_rooms
+
+    assert draw_rooms.PICTURE.read_text(encoding="utf-8") == draw_rooms.svg()
+    assert set(draw_rooms.rooms()) == {room.split("/")[0] for room in ROOMS}
+
+
 def test_the_tables_of_models_are_what_is_measured() -> None:
     """Words exactly; errors within their bounds, which are not much wider than that."""
     stated = models_page.committed()
