@@ -294,9 +294,48 @@ def test_exact_minimum_gives_the_best_of_all_corners():
     assert result.maximum == pytest.approx(best, rel=1e-14)
 
 
+def regression(n: int, steps: int) -> fm.Objective:
+    """Linear regression with n parameters after some steps of gradient descent."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(40, n, generator=generator, dtype=torch.float64)
+    y = torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    objective = fm.Objective(nn.Linear(n, 1, bias=False).double(), nn.MSELoss(), (x, y))
+    with torch.no_grad():
+        objective.model.weight.copy_(torch.randn(1, n, generator=generator).double())
+        for _ in range(steps):
+            objective.model.weight -= 0.1 * objective.gradient()
+    return objective
+
+
+@pytest.mark.parametrize("n", [3, 7, 12])
+@pytest.mark.parametrize("steps", [0, 20, 300])
+def test_few_parameters_reach_the_best_of_all_corners(n, steps):
+    objective = regression(n, steps)
+    h = half_width(objective, 1e-3)
+    hessian = fm.HessianOperator(objective).to_dense(progress=False)
+    corners = h * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
+    rises = corners @ objective.gradient() + 0.5 * ((corners @ hessian) * corners).sum(1)
+    result = fm.epsilon_sharpness(objective)
+    assert result.value == pytest.approx(100 * float(rises.max()) / (1 + result.loss), rel=1e-7)
+
+
+@pytest.mark.parametrize("n", [10, 30, 64])
+@pytest.mark.parametrize("steps", [0, 300])
+def test_few_parameters_take_few_more_evaluations(n, steps, monkeypatch):
+    objective = regression(n, steps)
+    found = fm.epsilon_sharpness(objective)
+    monkeypatch.setattr(measure_module, "FEW_PARAMETERS", 0)
+    without = fm.epsilon_sharpness(objective)
+    assert found.value >= without.value
+    assert without.evaluations <= found.evaluations <= without.evaluations + n + 5
+    if steps == 0:
+        # The rise is nearly linear: there is nothing to look for.
+        assert found.evaluations == without.evaluations
+
+
 @pytest.mark.parametrize("epsilon", [1e-3, 5e-4])
 def test_what_is_left_of_the_iterations_is_spent_on_other_corners(epsilon, monkeypatch):
-    monkeypatch.setattr(measure_module, "CLIMBS", 0)
+    monkeypatch.setattr(measure_module, "FEW_PARAMETERS", 0)
     # At a minimum a start ends after an iteration or two, in an arbitrary local maximum.
     objective = exactly_stationary()
     first = fm.epsilon_sharpness(objective, epsilon=epsilon, iterations=1)
@@ -434,7 +473,7 @@ def test_top_of_a_hill_has_no_ascent_and_a_zero_displacement(subspace):
 
 
 def test_iteration_limit_is_told(monkeypatch):
-    monkeypatch.setattr(measure_module, "CLIMBS", 0)
+    monkeypatch.setattr(measure_module, "FEW_PARAMETERS", 0)
     result = fm.epsilon_sharpness(build("conv_batch_norm").objective(), epsilon=0.1, iterations=2)
     assert result.outcome is fm.Outcome.ITERATION_LIMIT
 

@@ -447,7 +447,7 @@ def climb_of(objective, monkeypatch, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(measure_module, "maximize_over_box", watched)
-        patch.setattr(measure_module, "CLIMBS", 0)
+        patch.setattr(measure_module, "FEW_PARAMETERS", 0)
         fm.epsilon_sharpness(objective, **options)
     return found
 

@@ -20,7 +20,7 @@ EVERY_CASE = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(autouse=True)
 def _small_budgets(monkeypatch):
     # Flipping single coordinates takes thousands of evaluations and no new kind of call.
-    monkeypatch.setattr("flatminima.measures.epsilon_sharpness.CLIMBS", 0)
+    monkeypatch.setattr("flatminima.measures.epsilon_sharpness.FEW_PARAMETERS", 0)
     boxes = {"epsilon": 1e-3}, {"epsilon": 1e-3, "subspace": 100}
     monkeypatch.setitem(FAMILY, "epsilon_sharpness", (fm.epsilon_sharpness, boxes))
 

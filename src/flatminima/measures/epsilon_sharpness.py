@@ -22,9 +22,7 @@ from .result import Measurement, MeasureResult
 __all__ = ["SharpnessResult", "epsilon_sharpness"]
 
 FEW_PARAMETERS = 64
-CLIMBS = 8
-"""For so few parameters, random points of the box compete with a gradient method; corners are
-searched coordinate by coordinate too, from so many of them."""
+"""With so few parameters single coordinates of a corner matter, and are flipped."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -109,9 +107,10 @@ def epsilon_sharpness(
     neither where it starts nor how the problem is scaled; here it starts from z = 0, in units of
     the box (see `optimize.box`). Where it ends in a local maximum before its iterations are used,
     the rest of them starts from random corners of the box: near a minimum nearly every direction
-    leads upwards, and the first is not the steepest. In models of at most 64 parameters, where
-    random points can compete, single coordinates of some corners are flipped besides as long as
-    that raises the loss. The value is that of the best point evaluated.
+    leads upwards, and the first is not the steepest. In models of at most 64 parameters, and if
+    more than a tenth of the rise comes from curvature, at most n + 5 more evaluations look for a
+    better corner: each coordinate of the best one is flipped, and the best corners of the quadratic
+    that this shows are tried. The value is that of the best point evaluated.
 
     Args:
         objective: what is maximised.
@@ -196,7 +195,7 @@ def epsilon_sharpness(
             half_width,
             iterations=iterations,
             restarts=restarts,
-            climbs=CLIMBS if objective.size <= FEW_PARAMETERS else 0,
+            flips=objective.size <= FEW_PARAMETERS,
             seed=seed,
             solver=solver,
             on_evaluation=advance,

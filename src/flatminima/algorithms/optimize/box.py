@@ -22,6 +22,13 @@ __all__ = ["SOLVERS", "BoxMaximum", "maximize_over_box"]
 GRADIENT_SCALE = 100.0
 """Mean |gradient| per box half-width that the solver is shown at the start."""
 
+CURVED = 0.1
+"""The share of the rise that must come from curvature for another corner to be looked for."""
+
+STARTS = 64
+CANDIDATES = 4
+"""Corners from which the quadratic is climbed, and how many of those reached are evaluated."""
+
 SOLVERS = ("lbfgsb", "scipy")
 
 ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
@@ -50,7 +57,7 @@ def maximize_over_box(
     *,
     iterations: int,
     restarts: int = 0,
-    climbs: int = 0,
+    flips: bool = False,
     seed: Seed = 0,
     solver: Literal["lbfgsb", "scipy"] = "lbfgsb",
     on_evaluation: Callable[[float], None],
@@ -70,9 +77,9 @@ def maximize_over_box(
         half_width: h (n,), not negative.
         iterations: of L-BFGS-B, all starts together; a start takes one at least.
         restarts: how many times more the same number of iterations, from random corners alone.
-        climbs: number of corners, the best point's and then random ones, of which single
-            coordinates are flipped as long as that raises the function; a pass over the
-            coordinates costs n evaluations, so this is for few dimensions.
+        flips: look for a better corner where the rise is mostly curvature: flip each coordinate of
+            the best one, which also shows the Hessian, and evaluate the best corners of the
+            quadratic. Takes at most n + 5 evaluations, so this is for few dimensions.
         seed: of the random corners.
         solver: "lbfgsb", on the device of h and in its precision, or "scipy", on the host in
             float64.
@@ -83,6 +90,8 @@ def maximize_over_box(
     start = function(center)
     slope = float((start[1] * half_width).abs().mean())
     best_value, best_point, evaluations = start[0], center, 1
+    # Kept for few dimensions alone: the solver writes to what it is given.
+    first_value, first_gradient = start[0], start[1].clone() if flips else center
     on_evaluation(best_value)
     scale = GRADIENT_SCALE / slope if slope > 0 else 1.0
     # Memory for points, used again unless they turn out to be the best.
@@ -111,17 +120,19 @@ def maximize_over_box(
             spare = before if best_point is spare else spare
         return -scale * value, torch.addcmul(zero, gradient, half_width, value=-scale, out=gradient)
 
-    def climb(corner: Tensor) -> None:
-        height = evaluated(corner)[0]
-        improved = True
-        while improved:
-            improved = False
-            for i in range(size):
-                other = corner.clone()
-                other[i] = -other[i]
-                value = evaluated(other)[0]
-                if value > height:
-                    corner, height, improved = other, value, True
+    def flip(signs: Tensor) -> None:
+        """Flip the coordinates of a corner one by one, and try what the quadratic promises."""
+        corner = half_width * signs
+        gradient = evaluated(corner)[1].clone()
+        columns = torch.zeros(size, size, dtype=half_width.dtype, device=half_width.device)
+        for i in half_width.nonzero().flatten().tolist():
+            other = corner.clone()
+            other[i] = -other[i]
+            columns[i] = (evaluated(other)[1] - gradient) / (other[i] - corner[i])
+        matrix = (columns + columns.T) / 2
+        starts = torch.stack([signs, *(random_signs() for _ in range(STARTS - 1))])
+        for candidate in best_corners(matrix, gradient - matrix @ corner, half_width, starts):
+            evaluated(half_width * candidate)
 
     def random_signs() -> Tensor:
         dtype, device = half_width.dtype, generator.device
@@ -146,14 +157,46 @@ def maximize_over_box(
                 outcome = stopped
     del search
     searched = best_value
-    for i in range(climbs):
-        signs = random_signs() if i else torch.where(best_point < 0, -1.0, 1.0).to(half_width)
-        climb(half_width * signs)
+    curvature = best_value - first_value - float(torch.dot(first_gradient, best_point))
+    if flips and curvature > CURVED * (best_value - first_value):
+        flip(torch.where(best_point < 0, -1.0, 1.0).to(half_width))
     if best_value > searched:
         outcome = Outcome.STATIONARY
     if unbounded:
         outcome = Outcome.UNBOUNDED
     return BoxMaximum(best_point, best_value, evaluations, outcome)
+
+
+def best_corners(matrix: Tensor, slope: Tensor, half_width: Tensor, signs: Tensor) -> Tensor:
+    """Return corners of the box where gᵀx + ½ xᵀHx is large, as signs, best first.
+
+    Each start is climbed by flipping the coordinate that raises the quadratic most, until none
+    does.
+
+    Args:
+        matrix: H, symmetric, shape (n, n).
+        slope: g, shape (n,).
+        half_width: h, shape (n,).
+        signs: to start from, shape (starts, n).
+
+    Returns:
+        Shape (at most `CANDIDATES`, n), distinct.
+    """
+    linear, quadratic = slope * half_width, half_width[:, None] * matrix * half_width
+    signs = signs.clone()
+    rows = torch.arange(len(signs), device=signs.device)
+    # Each flip raises the quadratic, so this ends; the limit is for rounding.
+    for _ in range(10 * signs.shape[1]):
+        gains = -2 * signs * (linear + signs @ quadratic) + 2 * quadratic.diagonal()
+        best, place = gains.max(dim=1)
+        rising = best > 0
+        if not bool(rising.any()):
+            break
+        signs[rows[rising], place[rising]] *= -1
+    distinct = torch.unique(signs, dim=0)
+    heights = distinct @ linear + 0.5 * ((distinct @ quadratic) * distinct).sum(dim=1)
+    best = heights.argsort(descending=True)[:CANDIDATES]
+    return distinct.index_select(0, best)
 
 
 def _solver(name: str) -> type[LBFGSB] | type[ScipyLBFGSB]:
