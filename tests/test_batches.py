@@ -296,8 +296,9 @@ def test_data_are_iterated_over_only_where_random_states_are_kept():
             order = torch.randperm(N)
             return iter([(X[order], Y[order])])
 
-    with untouched(X, Y):
-        objective = objective_of(Eager(), cache=False)
+    model = net()  # which draws its parameters
+    with untouched(model, X, Y):
+        objective = fm.Objective(model, F.cross_entropy, Eager(), cache=False, progress=False)
         value = objective.loss()
     torch.rand(3)
     assert objective.loss() == value

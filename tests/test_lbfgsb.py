@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatminima as fm
+from exhaustive import thinned
 from flatminima.algorithms.optimize import cauchy, chunks
 from flatminima.algorithms.optimize.box import maximize_over_box
 from flatminima.algorithms.optimize.lbfgsb import LBFGSB, MEMORY
@@ -452,8 +453,10 @@ def climb_of(objective, monkeypatch, **options):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", MAXIMA)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    thinned(itertools.product(MAXIMA, (torch.float32, torch.float64)), 7),
+)
 def test_maxima_are_not_lower_than_scipys_after_as_many_evaluations(name, dtype, monkeypatch):
     objective = MAXIMA[name](dtype)
     rounding = 16 * torch.finfo(dtype).eps * max(1.0, abs(objective.loss()))

@@ -10,17 +10,26 @@ import torch
 from torch import nn
 
 import flatminima as fm
+from exhaustive import thinned
 from flatminima.report.family import FAMILY
 from integrity import Snapshot, bits
 from zoo import NAMES, build
 
-EVERY_CASE = pytest.mark.parametrize("name", NAMES)
+THOROUGH = (
+    "mlp_batch_norm_dropout_train",
+    "lstm_language_model",
+    "transformer_encoder",
+    "checkpointed_reentrant",
+    "weight_norm_hooks",
+    "spectral_norm_hooks",
+    "compiled_module",
+    "once_differentiable",
+)
+"""Cases on which each kind of failure is tried at each event; on the others they take turns."""
 
 
 @pytest.fixture(autouse=True)
 def _small_budgets(monkeypatch):
-    # Flipping single coordinates takes thousands of evaluations and no new kind of call.
-    monkeypatch.setattr("flatminima.measures.epsilon_sharpness.FEW_PARAMETERS", 0)
     boxes = {"epsilon": 1e-3}, {"epsilon": 1e-3, "subspace": 100}
     monkeypatch.setitem(FAMILY, "epsilon_sharpness", (fm.epsilon_sharpness, boxes))
 
@@ -230,7 +239,7 @@ def disturb(case):
     trained[-1].register_post_accumulate_grad_hook(lambda parameter: None)
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("name", thinned(NAMES, 6, always=THOROUGH))
 @pytest.mark.parametrize("state", ["evaluation", "training"])
 def test_every_call_on_every_case(name, state):
     case = build(name)
@@ -266,18 +275,6 @@ def out_of_memory(message):
 
 
 KINDS = (TroubleError, KeyboardInterrupt, out_of_memory)
-
-THOROUGH = (
-    "mlp_batch_norm_dropout_train",
-    "lstm_language_model",
-    "transformer_encoder",
-    "checkpointed_reentrant",
-    "weight_norm_hooks",
-    "spectral_norm_hooks",
-    "compiled_module",
-    "once_differentiable",
-)
-"""Cases on which each kind of failure is tried at each event; on the others they take turns."""
 
 
 class Saboteur:
@@ -525,7 +522,7 @@ def failures(rigged, turn, thorough):
                 yield f"{call}, {events[position]}: it gives another number afterwards"
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("name", thinned(NAMES, 6, start=3, always=THOROUGH[:3]))
 def test_failures_everywhere(name):
     rigged = Rigged(name, Torchlike)
     with quiet():
@@ -558,7 +555,7 @@ def failures_amid_calls(rigged):
             yield from provoked(rigged, call, again, position, kind)
 
 
-@pytest.mark.parametrize("name", THOROUGH)
+@pytest.mark.parametrize("name", thinned(THOROUGH, 3))
 def test_failures_amid_every_call(name):
     with quiet():
         told(failures_amid_calls(Rigged(name, Torchlike)))

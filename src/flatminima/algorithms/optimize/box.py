@@ -193,7 +193,7 @@ def best_corners(matrix: Tensor, slope: Tensor, half_width: Tensor, signs: Tenso
         if not bool(rising.any()):
             break
         signs[rows[rising], place[rising]] *= -1
-    distinct = torch.unique(signs, dim=0)
+    distinct: Tensor = torch.unique(signs, dim=0)
     heights = distinct @ linear + 0.5 * ((distinct @ quadratic) * distinct).sum(dim=1)
     best = heights.argsort(descending=True)[:CANDIDATES]
     return distinct.index_select(0, best)
