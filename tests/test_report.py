@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
+import re
 import statistics
 
 import pytest
@@ -685,7 +687,7 @@ def test_reports_that_were_not_made_alike_are_noted():
 
 
 def test_numbers_to_distrust_are_noted():
-    doubtful = fm.SharpnessResult(
+    doubtful = fm.EpsilonSharpnessResult(
         value=0.0,
         loss=1.0,
         maximum=1.0,
@@ -735,3 +737,38 @@ def test_list_in_place_of_a_mapping_is_refused_with_an_example():
 def test_something_that_is_no_report_is_refused_by_label(thing):
     with pytest.raises(fm.ArgumentTypeError, match=r"compare takes reports of sharpness.*'b'"):
         fm.compare({"a": plain(1.0), "b": thing})
+
+
+# ----------------------------------------------------------------------- an objective in its place
+
+
+def test_an_objective_gives_the_same_report():
+    case = build("mlp_batch_norm_dropout")
+    measures = ["gradient_norm", "epsilon_sharpness", "trace"]
+    direct = fm.sharpness(case.model, case.loss_fn, case.batches, measures=measures)
+    objective = fm.Objective(case.model, case.loss_fn, case.batches)
+    assert fm.sharpness(objective, measures=measures) == direct
+    # Readings of the data are counted from the call on.
+    assert fm.sharpness(objective, measures=measures) == direct
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"data": (torch.zeros(1), torch.zeros(1))}, "data="),
+        ({"loss_fn": nn.MSELoss(), "mode": "train"}, "loss_fn=, mode="),
+        ({"params": "0.*"}, "params="),
+        ({"batch_size": 7}, "batch_size="),
+    ],
+)
+def test_options_of_an_objective_are_refused_beside_one(options, named):
+    objective = build("linear_regression").objective()
+    with pytest.raises(fm.InvalidArgumentError, match=re.escape(f"give {named} to fm.Objective")):
+        fm.sharpness(objective, **options)
+
+
+def test_sharpness_takes_the_arguments_of_an_objective():
+    own = inspect.signature(fm.sharpness).parameters
+    for name, parameter in inspect.signature(fm.Objective).parameters.items():
+        assert own[name].default == parameter.default
+        assert own[name].kind == parameter.kind

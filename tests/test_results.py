@@ -35,7 +35,7 @@ def eigen(vectors: torch.Tensor | None = None, **changes) -> fm.EigenResult:
     return fm.EigenResult(**fields | changes)
 
 
-def box(**changes) -> fm.SharpnessResult:
+def box(**changes) -> fm.EpsilonSharpnessResult:
     fields = {
         "value": 12.5,
         "loss": 0.1,
@@ -46,7 +46,7 @@ def box(**changes) -> fm.SharpnessResult:
         "evaluations": 12,
         "outcome": fm.Outcome.ITERATION_LIMIT,
     }
-    return fm.SharpnessResult(**fields | changes)
+    return fm.EpsilonSharpnessResult(**fields | changes)
 
 
 TENSOR = fm.TensorSharpness("0.weight", 2.5, 1.25, 0.5)
@@ -489,7 +489,7 @@ def test_json_is_strict_and_plain(name, indent):
 def test_tensors_come_back_bit_for_bit(shape, dtype):
     generator = torch.Generator().manual_seed(0)
     tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    back = fm.SharpnessResult.from_json(box(displacement=tensor).to_json()).displacement
+    back = fm.EpsilonSharpnessResult.from_json(box(displacement=tensor).to_json()).displacement
     assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(back, tensor)
 
@@ -511,7 +511,7 @@ def test_vectors_are_base64_of_their_bytes():
 def test_types_survive_not_just_values():
     back = fm.SharpnessReport.from_json(REPORT.to_json())
     assert isinstance(back.epsilon_sharpness, tuple)
-    assert isinstance(back.epsilon_sharpness[0], fm.SharpnessResult)
+    assert isinstance(back.epsilon_sharpness[0], fm.EpsilonSharpnessResult)
     assert isinstance(back.random_sharpness.tensors[0], fm.TensorSharpness)
     assert isinstance(back.largest.eigenvalues, torch.Tensor)
     assert back.largest.outcome is fm.Outcome.CONVERGED
@@ -524,7 +524,7 @@ def test_types_survive_not_just_values():
 
 def test_integers_in_a_float_field_come_back_as_floats():
     data = box().to_dict() | {"value": 3}
-    assert isinstance(fm.SharpnessResult.from_dict(data).value, float)
+    assert isinstance(fm.EpsilonSharpnessResult.from_dict(data).value, float)
 
 
 def test_without_vectors_drops_them_from_the_json():
@@ -807,3 +807,18 @@ def test_outcomes_to_distrust_stand_out_in_a_table():
     }
     assert {o for o in fm.Outcome if o.brief.isupper()} == doubtful
     assert {o for o in fm.Outcome if o.doubtful} == doubtful
+
+
+# ------------------------------------------------------------------------------- names of before
+
+
+def test_the_old_name_of_a_class_still_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="now called EpsilonSharpnessResult"):
+        assert fm.SharpnessResult is fm.EpsilonSharpnessResult
+    assert "SharpnessResult" not in fm.__all__
+
+
+def test_files_written_under_the_old_name_can_be_read():
+    data = box().to_dict() | {"type": "SharpnessResult"}
+    assert fm.Result.from_dict(data) == box()
+    assert fm.EpsilonSharpnessResult.from_dict(data) == box()

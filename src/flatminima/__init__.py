@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -156,7 +157,7 @@ if TYPE_CHECKING or _SOURCE is None:
         critical_sharpness as critical_sharpness,
     )
     from .measures.epsilon_sharpness import (
-        SharpnessResult as SharpnessResult,
+        EpsilonSharpnessResult as EpsilonSharpnessResult,
     )
     from .measures.epsilon_sharpness import (
         epsilon_sharpness as epsilon_sharpness,
@@ -272,14 +273,21 @@ if TYPE_CHECKING or _SOURCE is None:
 
 _HOMES = {
     alias.name: f".{node.module}"
-    for node in ast.walk(ast.parse(_SOURCE or ""))
-    if isinstance(node, ast.ImportFrom) and node.level
+    for block in ast.parse(_SOURCE or "").body
+    if isinstance(block, ast.If)
+    for node in block.body
+    if isinstance(node, ast.ImportFrom)
     for alias in node.names
 }
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    from .results import RENAMED
+
+    if name in RENAMED:
+        old, name = name, RENAMED[name]
+        warnings.warn(f"{old} is now called {name}.", DeprecationWarning, stacklevel=2)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name], __name__), name)

@@ -25,6 +25,9 @@ R = TypeVar("R", bound="Result")
 
 _REGISTRY: dict[str, type[Result]] = {}
 
+RENAMED = {"SharpnessResult": "EpsilonSharpnessResult"}
+"""Names of release 0.1.0 that are others now; files written then can still be read."""
+
 
 class Outcome(enum.Enum):
     """How a computation ended; the value is the sentence to read.
@@ -268,6 +271,7 @@ class Result:
                 f"got {str(data)[:80]!r}."
             )
         name = str(data["type"])
+        name = RENAMED.get(name, name)
         if name not in _REGISTRY:
             # Files are loaded when a name of theirs is first asked of the package.
             getattr(sys.modules[__package__], name, None)

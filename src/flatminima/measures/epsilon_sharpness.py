@@ -19,14 +19,14 @@ from ..support.randomness import Seed
 from ..support.vectors import GaussianSubspace
 from .result import Measurement, MeasureResult
 
-__all__ = ["SharpnessResult", "epsilon_sharpness"]
+__all__ = ["EpsilonSharpnessResult", "epsilon_sharpness"]
 
 FEW_PARAMETERS = 64
 """With so few parameters single coordinates of a corner matter, and are flipped."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class SharpnessResult(MeasureResult):
+class EpsilonSharpnessResult(MeasureResult):
     """Keskar's φ with what it was made from.
 
     Attributes:
@@ -97,7 +97,7 @@ def epsilon_sharpness(
     seed: Seed = 0,
     return_displacement: bool = False,
     progress: bool = True,
-) -> SharpnessResult:
+) -> EpsilonSharpnessResult:
     """How far the loss can rise, in per cent of 1 + L(θ), within a small box around θ.
 
     φ = 100 · (max over z ∈ C of L(θ + A z) − L(θ)) / (1 + L(θ)), with
@@ -208,7 +208,7 @@ def epsilon_sharpness(
     displacement = None
     if return_displacement:
         displacement = found.point if basis is None else basis.expand(found.point)
-    return SharpnessResult(
+    return EpsilonSharpnessResult(
         value=100 * gain / (1 + loss),
         loss=loss,
         maximum=found.value,

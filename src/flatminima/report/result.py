@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ..algorithms.eigen.result import EigenResult
 from ..algorithms.estimators.density import SpectralDensity
 from ..algorithms.estimators.result import TraceResult
-from ..measures.epsilon_sharpness import SharpnessResult
+from ..measures.epsilon_sharpness import EpsilonSharpnessResult
 from ..measures.random_sharpness import RandomSharpnessResult
 from ..measures.result import HEADER, Measurement, MeasureResult
 from ..results import Estimate, Outcome, Result, Table, reading_notes
@@ -59,7 +59,7 @@ class SharpnessReport(Result):
     mode: str
     loss: float
     gradient_norm: float | None
-    epsilon_sharpness: tuple[SharpnessResult, ...]
+    epsilon_sharpness: tuple[EpsilonSharpnessResult, ...]
     random_sharpness: RandomSharpnessResult | None
     largest: EigenResult | None
     smallest: EigenResult | None

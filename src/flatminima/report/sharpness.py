@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -53,7 +54,7 @@ TOL = 1e-4
 
 
 def sharpness(
-    model: nn.Module,
+    model: nn.Module | Objective,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     data: Any = None,
     *,
@@ -82,7 +83,8 @@ def sharpness(
     is left exactly as it was.
 
     Args:
-        model: any module.
+        model: any module; or an [`Objective`][flatminima.Objective], which takes the place of
+            `model`, `loss_fn`, `data` and every other argument of its own.
         loss_fn: `loss_fn(output, target)` → a scalar.
         data: a tuple of tensors `(inputs, targets)`, a list of batches, a DataLoader or a
             Dataset: the data whose loss is studied, as a rule the training data.
@@ -149,20 +151,24 @@ def sharpness(
     check_integer(call, "eigenvalues", eigenvalues, low=1)
     check_integer(call, "trace_products", trace_products, low=2)
     check_integer(call, "samples", samples, low=1)
-    objective = Objective(
-        model,
-        loss_fn,
-        data,
-        params=params,
-        weight=weight,
-        mode=mode,
-        device=device,
-        cache=cache,
-        batch_loss=batch_loss,
-        batch_size=batch_size,
-        microbatch=microbatch,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "loss_fn": loss_fn,
+        "data": data,
+        "params": params,
+        "weight": weight,
+        "mode": mode,
+        "device": device,
+        "cache": cache,
+        "batch_loss": batch_loss,
+        "batch_size": batch_size,
+        "microbatch": microbatch,
+    }
+    if isinstance(model, Objective):
+        _check_no_options(call, options)
+        objective = model
+    else:
+        objective = Objective(model, **options, progress=progress)
+    before = objective.batches.readings
     without_outputs = (measures is None or lenient) and objective.loss_fn is None
     if without_outputs:
         del chosen["gauss_newton"]
@@ -176,13 +182,13 @@ def sharpness(
         """The results of a measure, one for each of its settings."""
         function, found = FAMILY[name][0], []
         for options in chosen[name]:
-            options = _fitted(name, options, objective, samples)
+            own = _fitted(name, options, objective, samples)
             try:
-                found.append(function(objective, **options, **shared))
+                found.append(function(objective, **own, **shared))
             except (InvalidArgumentError, NotPositiveDefiniteError) as error:
                 if not lenient:
                     raise
-                settings = ", ".join(f"{key}={value!r}" for key, value in options.items())
+                settings = ", ".join(f"{key}={value!r}" for key, value in own.items())
                 left_out.append(f"{name}({settings}) is left out: {error}")
         return tuple(found)
 
@@ -230,13 +236,30 @@ def sharpness(
         model=type(objective.model).__name__,
         parameters=objective.size,
         examples=objective.examples,
-        mode=mode,
+        mode=objective.mode,
         loss=loss,
         notes=_notes(objective, hessian, gauss_newton, left_out, without_outputs=without_outputs),
-        readings=objective.batches.readings - 1,
+        readings=objective.batches.readings - before,
         results={name: found for name, found in results.items() if found},
         **{"epsilon_sharpness": ()} | fields,
     )
+
+
+def _check_no_options(call: str, options: Mapping[str, Any]) -> None:
+    """Refuse what belongs to an objective beside one that is given."""
+    defaults = {n: p.default for n, p in inspect.signature(Objective).parameters.items()}
+    given = [
+        name
+        for name, value in options.items()
+        # Only numbers and words are compared by their values.
+        if value is not defaults[name]
+        and not (isinstance(value, (int, str)) and value == defaults[name])
+    ]
+    if given:
+        raise InvalidArgumentError(
+            f"{call}(objective) takes the model, the data and their options from the objective; "
+            f"give {', '.join(f'{name}=' for name in given)} to fm.Objective instead."
+        )
 
 
 def _fitted(name: str, options: Options, objective: Objective, samples: int) -> dict[str, Any]:
