@@ -26,7 +26,7 @@ R = TypeVar("R", bound="Result")
 _REGISTRY: dict[str, type[Result]] = {}
 
 RENAMED = {"SharpnessResult": "EpsilonSharpnessResult"}
-"""Names of release 0.1.0 that are others now; files written then can still be read."""
+"""Names of the first release that are others now; its files can still be read."""
 
 
 class Outcome(enum.Enum):
