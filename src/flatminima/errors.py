@@ -372,7 +372,7 @@ def warn(message: str, category: type[FlatMinimaWarning]) -> None:
 
 
 def closest(name: str, known: Iterable[str], *, count: int = 3) -> str:
-    """A sentence with the names nearest to `name`, or all of them when none is near."""
+    """Return a sentence with the names nearest to `name`, or all of them when none is near."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
     if near:

@@ -99,7 +99,7 @@ class Outcome(enum.Enum):
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """`value` with `digits` significant digits, as people write it.
+    """Return `value` with `digits` significant digits, as people write it.
 
     Examples:
         >>> format_number(0.00012345), format_number(1234567.0), format_number(2.5)
@@ -115,7 +115,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 
 def reading_notes(readings: int) -> tuple[str, ...]:
-    """What a table says of data that had to be read anew.
+    """Return what a table says of data that had to be read anew.
 
     Examples:
         >>> reading_notes(0), reading_notes(27)
@@ -163,7 +163,7 @@ class Table:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """The same table for a notebook, escaped."""
+        """Return the same table for a notebook, escaped."""
         import html
 
         def line(cells: Sequence[str], tag: str) -> str:
@@ -182,7 +182,7 @@ class Table:
         )
 
     def to_markdown(self) -> str:
-        """The same table for a README or a docs page."""
+        """Return the same table for a README or a docs page."""
         marks = ["---:" if self._numeric(c) else "---" for c in range(len(self.header))]
         lines = [self.header, tuple(marks), *self.rows]
         table = "\n".join(
@@ -223,7 +223,7 @@ class Result:
         _REGISTRY[cls.__name__] = cls
 
     def table(self) -> Table:
-        """The result as a table for people."""
+        """Return the result as a table for people."""
         return self._table()
 
     def _table(self) -> Table:
@@ -243,7 +243,7 @@ class Result:
     __hash__ = None  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings, with the class under `"type"`.
+        """Return plain dicts, lists, numbers and strings, with the class under `"type"`.
 
         Vectors of float64 become lists; other tensors a dict of dtype, shape and base64 bytes.
         Infinities and NaN become the strings `"inf"`, `"-inf"` and `"nan"`.
@@ -252,12 +252,12 @@ class Result:
         return {"type": type(self).__name__, "version": self.JSON_VERSION, **fields}
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """[`to_dict`][flatminima.Result.to_dict] as strict JSON."""
+        """Return [`to_dict`][flatminima.Result.to_dict] as strict JSON."""
         return json.dumps(self.to_dict(), allow_nan=False, indent=indent, ensure_ascii=False)
 
     @classmethod
     def from_dict(cls: type[R], data: dict[str, Any]) -> R:
-        """The result that [`to_dict`][flatminima.Result.to_dict] was made from.
+        """Return the result that [`to_dict`][flatminima.Result.to_dict] was made from.
 
         Called on `Result` itself it takes any kind of result.
 
@@ -305,7 +305,7 @@ class Result:
 
     @classmethod
     def from_json(cls: type[R], text: str) -> R:
-        """The result that [`to_json`][flatminima.Result.to_json] wrote."""
+        """Return the result that [`to_json`][flatminima.Result.to_json] wrote."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:

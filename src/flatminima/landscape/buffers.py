@@ -28,7 +28,7 @@ STATISTICS = ("running_mean", VARIANCE, "num_batches_tracked")
 
 
 def tracked_layers(model: nn.Module) -> dict[str, Any]:
-    """The batch norms that keep running statistics, by name."""
+    """Return the batch norms that keep running statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm
     return {
         name: module
@@ -38,7 +38,7 @@ def tracked_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def recomputed_names(model: nn.Module) -> set[str]:
-    """The names of the buffers in which batch norms keep their statistics."""
+    """Return the names of the buffers in which batch norms keep their statistics."""
     found = tracked_layers(model).items()
     return {_joined(n, s) for n, m in found for s in STATISTICS if m._buffers.get(s) is not None}
 
@@ -128,7 +128,7 @@ def recomputed_buffers(objective: Objective, state: Mapping[str, Tensor]) -> Sta
 
 
 def _start(name: str, tensor: Tensor) -> Tensor:
-    """A private buffer for one batch; batch norm's are at the beginning of their average."""
+    """Return a private buffer for one batch; batch norm's are at the beginning of their average."""
     statistic = name.rpartition(".")[2]
     if statistic not in STATISTICS:
         return tensor.detach().clone()

@@ -260,18 +260,18 @@ class _Bezier:
         }
 
     def vector(self, t: float) -> Tensor:
-        """The selected parameters of γ(t)."""
+        """Return the selected parameters of γ(t)."""
         left, middle, right = (1 - t) ** 2, 2 * t * (1 - t), t**2
         return left * self._start + middle * self.bend + right * self._end
 
     def at(self, t: float) -> State:
-        """The tensors at γ(t)."""
+        """Return the tensors at γ(t)."""
         pieces = self._layout.unflatten(self.vector(t))
         named = dict(zip(self._layout.names, pieces, strict=True))
         return self._between.at(t, "linear") | named
 
     def value_and_gradient(self, objective: Objective, t: float) -> tuple[float, Tensor]:
-        """L(γ(t)) and its gradient by the bend."""
+        """Return L(γ(t)) and its gradient by the bend."""
         shift = self.vector(t) - self._point
         if not all_finite(shift):
             return math.nan, torch.full_like(shift, math.nan)
@@ -325,7 +325,7 @@ class _Order:
         self._drawn = self._draws()
 
     def next(self) -> Objective:
-        """The objective of the next step."""
+        """Return the objective of the next step."""
         if not self._count:
             return self._objective
         chosen = [self._batches[next(self._drawn)] for _ in range(self._count)]
@@ -352,7 +352,7 @@ def _times(steps: int, points: int, generator: torch.Generator) -> Tensor:
 
 
 def _share(progress: float) -> float:
-    """The part of the learning rate that is left at a part of the training."""
+    """Return the part of the learning rate that is left at a part of the training."""
     return 1.0 if progress <= 0.5 else max(0.01, 1 - 0.99 * (progress - 0.5) / 0.4)
 
 

@@ -12,7 +12,7 @@ __all__ = ["check_metrics", "named_objectives"]
 
 
 def check_metrics(call: str, metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
-    """The metrics by name.
+    """Return the metrics by name.
 
     Raises:
         ArgumentTypeError: it is no mapping, or one of them cannot be called.
@@ -27,7 +27,7 @@ def check_metrics(call: str, metrics: Mapping[str, Metric] | None) -> dict[str, 
 def named_objectives(
     call: str, objective: Objective, also: Mapping[str, Objective] | None
 ) -> dict[str, Objective]:
-    """The objective as "train", and the further ones.
+    """Return the objective as "train", and the further ones.
 
     Raises:
         ArgumentTypeError: `also` is no mapping to objectives.

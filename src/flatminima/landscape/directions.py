@@ -93,7 +93,7 @@ class Directions(Result):
         return int(self.vectors.shape[1])
 
     def gram(self) -> Tensor:
-        """The cosines between the directions, shape (d, d), in float64 on the host."""
+        """Return the cosines between the directions, shape (d, d), in float64 on the host."""
         products = _gram(self.vectors)
         norms = products.diagonal().sqrt()
         scale = torch.where(norms > 0, 1 / norms, 0.0)
@@ -136,7 +136,7 @@ class Directions(Result):
 
 
 def check_directions(call: str, objective: Objective, directions: object) -> Directions:
-    """`directions` as linearly independent columns for the parameters of an objective.
+    """Return `directions` as linearly independent columns for the parameters of an objective.
 
     Args:
         call: what is named in errors.
@@ -264,7 +264,7 @@ def _names(directions: Directions, which: Sequence[int]) -> str:
 
 
 def _gram(vectors: Tensor) -> Tensor:
-    """VᵀV in float64 on the host."""
+    """Return VᵀV in float64 on the host."""
     total = torch.zeros(vectors.shape[1], vectors.shape[1], dtype=torch.float64)
     for rows in torch.split(vectors, BLOCK):
         # MPS has no float64.
@@ -274,7 +274,7 @@ def _gram(vectors: Tensor) -> Tensor:
 
 
 def inner(first: Tensor, second: Tensor) -> float:
-    """The inner product of two vectors, added up in float64."""
+    """Return the inner product of two vectors, added up in float64."""
     if first is second:
         return float(_gram(first.unsqueeze(1))[0, 0])
     total = 0.0
@@ -285,7 +285,7 @@ def inner(first: Tensor, second: Tensor) -> float:
 
 
 def finite_point(call: str, objective: Objective) -> Tensor:
-    """θ, which holds neither NaN nor infinity."""
+    """Return θ, which holds neither NaN nor infinity."""
     point = objective.point()
     if not all_finite(point):
         names = [n for n, place in objective.layout.slices() if not all_finite(point[place])]
@@ -294,7 +294,7 @@ def finite_point(call: str, objective: Objective) -> Tensor:
 
 
 def model_norm(call: str, point: Tensor) -> float:
-    """‖θ‖, which must not be zero."""
+    """Return ‖θ‖, which must not be zero."""
     norm = math.sqrt(inner(point, point))
     if norm == 0:
         raise InvalidArgumentError(

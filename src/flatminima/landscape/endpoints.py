@@ -77,11 +77,11 @@ class Between:
         return cls(first, last, mixed, buffers, kept)
 
     def at(self, alpha: float, path: str) -> State:
-        """The tensors at a point."""
+        """Return the tensors at a point."""
         return mixture(self.first, self.last, alpha, path, self.mixed) | self.kept
 
     def notes(self, points: tuple[float, ...], recomputed: set[str]) -> tuple[str, ...]:
-        """What a reader should know of the buffers at these points.
+        """Return what a reader should know of the buffers at these points.
 
         Args:
             points: the α.
@@ -103,7 +103,7 @@ class Between:
 
 
 def model_state(model: nn.Module) -> State:
-    """Every parameter and buffer by name, each tensor once."""
+    """Return every parameter and buffer by name, each tensor once."""
     return {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
@@ -190,7 +190,7 @@ def _some(names: list[str]) -> str:
 
 
 def mixture(first: State, last: State, alpha: float, path: str, mixed: set[str]) -> State:
-    """The tensors at a point of the path; of those that are not `mixed`, the first model's.
+    """Return the tensors at a point of the path; of those that are not `mixed`, the first model's.
 
     Args:
         first: at α = 0.
@@ -220,7 +220,7 @@ def mixture(first: State, last: State, alpha: float, path: str, mixed: set[str])
 def checked_points(
     call: str, alphas: Sequence[float] | Tensor | None, default: tuple[float, ...]
 ) -> tuple[float, ...]:
-    """The points as finite numbers, one at least."""
+    """Return the points as finite numbers, one at least."""
     if alphas is None:
         return default
     try:

@@ -65,7 +65,7 @@ class GridFile:
             self._read(self.path)
 
     def done(self, number: int) -> int:
-        """How many points of a data set are known."""
+        """Return how many points of a data set are known."""
         return self._done[number]
 
     def advance(self, number: int) -> None:
@@ -121,7 +121,7 @@ class GridFile:
 
 
 def _mark(setting: Any) -> str:
-    """A checksum of a tensor, or of what JSON can say."""
+    """Return a checksum of a tensor, or of what JSON can say."""
     if isinstance(setting, Tensor):
         flat = setting.detach().cpu().contiguous()
         text = f"{flat.dtype} {tuple(flat.shape)}".encode()

@@ -210,7 +210,7 @@ class Interpolation(Result):
         return Barrier(height, place, metric or "loss", curve)
 
     def _barriers(self) -> tuple[str, ...]:
-        """What a table says of them, where something was evaluated between the ends."""
+        """Return what a table says of them, where something was evaluated between the ends."""
         if not {0.0, 1.0} <= set(self.alphas) or not any(0 < a < 1 for a in self.alphas):
             return ()
         found = [self.barrier(n, m) for n, c in self.curves.items() for m in (None, *c.metrics)]
@@ -325,7 +325,7 @@ def evaluate_path(
     between: Between,
     progress: bool,
 ) -> Interpolation:
-    """Losses and metrics of every objective at each point of a path of state dicts.
+    """Return losses and metrics of every objective at each point of a path of state dicts.
 
     Where buffers are recomputed, the statistics of batch norm are those on the data of "train".
     """

@@ -34,7 +34,7 @@ def eigenvector_directions(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Directions:
-    """Eigenvectors of the Hessian, of chosen ranks.
+    """Return eigenvectors of the Hessian, of chosen ranks.
 
     The sign of an eigenvector is arbitrary; here the entry of the largest magnitude is positive, so
     that a repetition gives the same picture.
@@ -195,7 +195,7 @@ def _places(
 
 
 def _mixed(result: EigenResult, place: int) -> str:
-    """A part of a sentence where an eigenvector is not told from its neighbour's."""
+    """Return a part of a sentence where an eigenvector is not told from its neighbour's."""
     values = result.eigenvalues.double()
     gaps = (values - values[place]).abs()
     gaps[place] = math.inf
@@ -210,7 +210,7 @@ def _mixed(result: EigenResult, place: int) -> str:
 def gradient_direction(
     objective: Objective, *, normalize: Literal["model", "none"] = "model"
 ) -> Directions:
-    """The direction of steepest descent, −∇L: positive is downhill.
+    """Return the direction of steepest descent, −∇L: positive is downhill.
 
     Args:
         objective: its gradient at the model is taken.

@@ -27,7 +27,7 @@ def random_directions(
     biases: bool = False,
     seed: Seed = 0,
 ) -> Directions:
-    """Random directions, normalised filter by filter (Li et al. 2018, arXiv:1712.09913).
+    """Return random directions, normalised filter by filter (Li et al. 2018, arXiv:1712.09913).
 
     Gaussian vectors are made orthogonal to each other first. Then each filter of a direction, a
     row along the first dimension of a tensor with two dimensions or more, gets the norm that this
@@ -128,7 +128,7 @@ def _groups(objective: Objective, normalize: str, biases: bool) -> list[int]:
 
 
 def _group_norms(objective: Objective, vector: Tensor, groups: list[int]) -> list[Tensor]:
-    """The norms of the pieces of each tensor, in float64 where there is such a type."""
+    """Return the norms of the pieces of each tensor, in float64 where there is such a type."""
     wide = torch.float32 if vector.device.type == "mps" else torch.float64
     return [
         torch.linalg.vector_norm(vector[place].view(pieces, -1), dim=1, dtype=wide)
@@ -155,7 +155,7 @@ def _orthonormalise(rows: Tensor) -> None:
 
 
 def _still(objective: Objective, groups: list[int], scales: list[Tensor]) -> tuple[str, ...]:
-    """What random directions leave where it is."""
+    """Return what random directions leave where it is."""
     notes = []
     flat = [n for n, pieces in zip(objective.layout.names, groups, strict=True) if not pieces]
     if flat:

@@ -145,7 +145,7 @@ def surface(
     resume: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> Surface:
-    """The loss on a grid around the model: L(θ + Σ a_i d_i), in one, two or more dimensions.
+    """Return the loss on a grid around the model: L(θ + Σ a_i d_i), in one, two or more dimensions.
 
     The grid has θ itself among its points (Li et al. 2018, arXiv:1712.09913, for
     filter-normalised directions). Buffers, such as the statistics of batch norm, stay as the model
@@ -255,7 +255,7 @@ def _states(
     coordinates: tuple[tuple[float, ...], ...],
     first: int,
 ) -> Iterator[dict[str, Tensor]]:
-    """The parameters at each point of the grid, the last axis fastest, from a number on."""
+    """Yield the parameters at each point of the grid, the last axis fastest, from a number on."""
     point, layout = objective.point(), objective.layout
     # Rows, so that each direction is read in one piece.
     rows = vectors.to(point).T.contiguous()
@@ -294,7 +294,7 @@ def _settings(
 def _coordinates(
     call: str, count: int, extent: object, points: object
 ) -> tuple[tuple[float, ...], ...]:
-    """The values along each axis, 0 among them."""
+    """Return the values along each axis, 0 among them."""
     extents = _each(call, "extent", extent, count, pair=True)
     numbers = _each(call, "points", points, count)
     return tuple(
@@ -306,7 +306,7 @@ def _coordinates(
 def _each(
     call: str, argument: str, given: object, count: int, *, pair: bool = False
 ) -> list[object]:
-    """One entry for each direction, from one for all or from a list."""
+    """Return one entry for each direction, from one for all or from a list."""
     if not isinstance(given, Sequence) or isinstance(given, str):
         return [given] * count
     if pair and isinstance(given, tuple) and len(given) == 2:
@@ -321,7 +321,7 @@ def _each(
 
 
 def _axis(call: str, extent: object, points: int) -> tuple[float, ...]:
-    """Evenly spaced values with exactly 0 among them, over all of the extent."""
+    """Return evenly spaced values with exactly 0 among them, over all of the extent."""
     if isinstance(extent, Sequence) and not isinstance(extent, str):
         if len(extent) != 2:
             raise ArgumentTypeError(

@@ -111,7 +111,7 @@ def average_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> AverageSharpnessResult:
-    """The mean rise of the loss under Gaussian noise: E L(θ + σ c ⊙ z) − L(θ), z ~ N(0, I).
+    """Return the mean rise of the loss under Gaussian noise: E L(θ + σ c ⊙ z) − L(θ), z ~ N(0, I).
 
     c is 1, or with `adaptive` |θ| element by element, which makes it unchanged by rescaling
     (Andriushchenko et al. 2023, arXiv:2302.07011, average-case sharpness). To second order it is

@@ -110,7 +110,7 @@ def critical_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> CriticalSharpnessResult:
-    """2 / η of the shortest step η along an update after which the loss is no longer lower.
+    """Return 2 / η of the shortest step η along an update after which the loss is no longer lower.
 
     η = min { η > 0 : L(θ + η u) > L(θ) } (Kalra et al. 2026, arXiv:2601.16979). It
     needs losses alone. Where the loss is a quadratic and u = −∇L, 2 / η is ∇Lᵀ H ∇L / ‖∇L‖², the

@@ -98,7 +98,7 @@ def epsilon_sharpness(
     return_displacement: bool = False,
     progress: bool = True,
 ) -> EpsilonSharpnessResult:
-    """How far the loss can rise, in per cent of 1 + L(θ), within a small box around θ.
+    """Return how far the loss can rise, in per cent of 1 + L(θ), within a small box around θ.
 
     φ = 100 · (max over z ∈ C of L(θ + A z) − L(θ)) / (1 + L(θ)), with
     C = { z : |z_i| ≤ ε (|(A⁺θ)_i| + 1) } (Keskar et al. 2017, arXiv:1609.04836, metric 2.1). In
@@ -224,7 +224,7 @@ def epsilon_sharpness(
 
 
 def _half_width(epsilon: float, point: Tensor) -> Tensor:
-    """ε (|θ_i| + 1), rounded towards zero so that no displacement leaves the box."""
+    """Return ε (|θ_i| + 1), rounded towards zero so that no displacement leaves the box."""
     wide = point if point.device.type == "mps" else point.double()
     exact = epsilon * (wide.abs() + 1)
     rounded = exact.to(point.dtype)

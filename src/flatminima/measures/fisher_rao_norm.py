@@ -80,7 +80,7 @@ def fisher_rao_norm(
     seed: Seed = 0,
     progress: bool = True,
 ) -> FisherRaoResult:
-    """θᵀ F θ with the Fisher matrix F: unchanged by every rescaling that keeps the function.
+    """Return θᵀ F θ with the Fisher matrix F: unchanged by every rescaling that keeps the function.
 
     The Fisher–Rao norm of Liang et al. 2019 (arXiv:1711.01530, definition 2), as its square. The
     default matrix is that of the model's own predictions, the other that of the labels

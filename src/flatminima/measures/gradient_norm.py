@@ -65,7 +65,7 @@ class GradientNormResult(MeasureResult):
 def gradient_norm(
     objective: Objective, *, seed: Seed = 0, progress: bool = True
 ) -> GradientNormResult:
-    """‖∇L(θ)‖₂: zero at a minimum, and so a test of whether the point is one.
+    """Return ‖∇L(θ)‖₂: zero at a minimum, and so a test of whether the point is one.
 
     Args:
         objective: what is differentiated.

@@ -111,7 +111,7 @@ def laplace_log_evidence(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LaplaceResult:
-    """Log p(data) of a model by Laplace's approximation at its present parameters.
+    """Return log p(data) of a model by Laplace's approximation at its present parameters.
 
     log p(data) ≈ −N L(θ) − ½ τ ‖θ‖² + ½ n log τ − ½ log det(N G + τ I), with the prior
     N(0, I / τ) on the selected parameters, the loss a negative log-likelihood summed over N
@@ -232,13 +232,13 @@ def laplace_log_evidence(
 
 
 def _effective(found: Quadrature, count: float, tau: float) -> float:
-    """γ; eigenvalues below zero count for nothing."""
+    """Return γ; eigenvalues below zero count for nothing."""
     values = found.sum(lambda v: (count * v).clamp(min=0) / ((count * v).clamp(min=0) + tau))
     return values.value
 
 
 def _best(found: Quadrature, count: float, squares: float) -> float:
-    """The τ with τ ‖θ‖² = γ(τ): the left side rises with τ, the right one falls."""
+    """Return the τ with τ ‖θ‖² = γ(τ): the left side rises with τ, the right one falls."""
     from scipy.optimize import brentq
 
     if squares == 0 or _effective(found, count, 1e-300) <= 0:

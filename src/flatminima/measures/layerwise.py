@@ -216,7 +216,7 @@ def layerwise(
 
 
 def _groups(objective: Objective, depth: int | None) -> dict[str, list[int]]:
-    """The positions of each module's parameters in the layout."""
+    """Return the positions of each module's parameters in the layout."""
     groups: dict[str, list[int]] = {}
     for position, name in enumerate(objective.layout.names):
         if objective.layout.sizes[position] == 0:

@@ -102,7 +102,7 @@ def local_energy(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LocalEnergyResult:
-    """How the training error rises with noise in proportion to each parameter, as a curve.
+    """Return how the training error rises with noise in proportion to each parameter, as a curve.
 
     δE(σ) = E error(θ + σ z ⊙ θ) − error(θ), z ~ N(0, I): low in wide valleys (Pittorino et al.
     2021, arXiv:2006.07897; Baldassi et al. 2020, doi:10.1073/pnas.1908636117). The
@@ -171,7 +171,7 @@ def local_energy(
 
 
 def _sizes(call: str, sigmas: object) -> tuple[float, ...]:
-    """Positive numbers, ascending."""
+    """Return the positive numbers, ascending."""
     if isinstance(sigmas, str) or not isinstance(sigmas, Iterable):
         raise ArgumentTypeError(
             f"The 'sigmas' argument of {call} must be a list of numbers; got {sigmas!r}."

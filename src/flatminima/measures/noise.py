@@ -19,7 +19,7 @@ __all__ = ["Noise", "NoisyRise", "magnitudes"]
 
 
 def magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | None:
-    """C = |θ|, shape (n,), or None for ones.
+    """Return c = |θ|, shape (n,), or None for ones.
 
     Raises:
         InvalidArgumentError: a tensor is all zeros, so that none of it would ever move.
@@ -54,7 +54,7 @@ class Noise:
         self._seed = one_seed(seed, objective.device)
 
     def draws(self, count: int) -> Iterator[Tensor]:
-        """C ⊙ z for the first `count` draws, each a new vector (n,)."""
+        """Yield c ⊙ z for the first `count` draws, each a new vector (n,)."""
         own = self._objective
         generator = torch.Generator(device=own.device).manual_seed(self._seed)
         for _ in range(count):
@@ -62,7 +62,7 @@ class Noise:
             yield z if self._scale is None else z.mul_(self._scale)
 
     def displacements(self, sigma: float, count: int) -> Iterator[Tensor]:
-        """σ c ⊙ z for the first `count` draws."""
+        """Yield σ c ⊙ z for the first `count` draws."""
         return (z.mul_(sigma) for z in self.draws(count))
 
 

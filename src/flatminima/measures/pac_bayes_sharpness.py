@@ -122,7 +122,7 @@ def pac_bayes_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> PacBayesResult:
-    """1 / σ² of the largest Gaussian noise under which the training error rises by `target`.
+    """Return 1 / σ² of the largest Gaussian noise under which the training error rises by `target`.
 
     σ = max { σ : E error(θ + σ c ⊙ z) − error(θ) ≤ target }, z ~ N(0, I) (Jiang et al. 2020,
     arXiv:1912.02178, whose 1 / σ² is the sharpness that PAC-Bayes bounds hold). c is
@@ -239,7 +239,7 @@ def _mean(rises: Tensor) -> float:
 
 
 def _error(tried: dict[float, Tensor], sigma: float, target: float) -> float:
-    """The standard error of σ: that of the rise, over the slope of the rise near the target.
+    """Return the standard error of σ: that of the rise, over the slope of the rise near the target.
 
     The slope is that of a power of σ through the points around the target.
     """

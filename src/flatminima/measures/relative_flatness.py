@@ -102,7 +102,7 @@ class RelativeFlatnessResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """The sum, as one line."""
+        """Return the sum, as one line."""
         cost = f"{self.products} products"
         name = "relative flatness"
         if not self.whole:
@@ -224,7 +224,7 @@ _TURNED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
 
 
 def _swaps(model: nn.Module, name: str) -> bool:
-    """Whether the neurons of a weight are counted by its second dimension."""
+    """Return whether the neurons of a weight are counted by its second dimension."""
     owner, _, attribute = name.rpartition(".")
     return attribute == "weight" and isinstance(model.get_submodule(owner), _TURNED)
 
@@ -252,7 +252,7 @@ class _LayerOperator(LinearOperator):
         return self._block.readings
 
     def _as_matrix(self, flat: Tensor) -> Tensor:
-        """Weights (k, n) as matrices (k, rows, columns)."""
+        """Return weights (k, n) as matrices (k, rows, columns)."""
         weights = flat.view(-1, *self._shape)
         return (weights.transpose(1, 2) if self._swaps else weights).flatten(2)
 

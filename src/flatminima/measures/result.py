@@ -12,7 +12,7 @@ HEADER = ("measure", "value", "± error", "diagnosis", "cost")
 
 
 def counted(number: int, unit: str) -> str:
-    """A number of things, as a cost.
+    """Return a number of things, as a cost.
 
     Examples:
         >>> counted(1, "gradient"), counted(3, "loss")
@@ -91,15 +91,15 @@ class MeasureResult(Result):
     notes: tuple[str, ...]
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """The number, and others that came with it, as lines of a report."""
+        """Return the number, and others that came with it, as lines of a report."""
         raise NotImplementedError
 
     def _line(
         self, name: str, cost: str, error: float | None = None, kind: str = ""
     ) -> tuple[Measurement, ...]:
-        """The value as the only line."""
+        """Return the value as the only line."""
         return (Measurement(name, self.value, error, kind, self.outcome, cost),)
 
     def _said(self, *more: str) -> tuple[str, ...]:
-        """What stands below a table."""
+        """Return what stands below a table."""
         return (self.outcome.value, *more, *reading_notes(self.readings), *self.notes)

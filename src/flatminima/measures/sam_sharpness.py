@@ -124,7 +124,7 @@ def sam_sharpness(
     return_displacement: bool = False,
     progress: bool = True,
 ) -> SamSharpnessResult:
-    """How far the loss can rise within a ball: max L(θ + δ) − L(θ) over ‖δ ⊘ c‖_p ≤ ρ.
+    """Return how far the loss can rise within a ball: max L(θ + δ) − L(θ) over ‖δ ⊘ c‖_p ≤ ρ.
 
     c is 1, or with `adaptive` |θ| element by element (ASAM, Kwon et al. 2021, arXiv:2102.11600,
     section 3), which makes it unchanged by rescaling; parameters that are zero then do not move.
@@ -269,7 +269,7 @@ def sam_sharpness(
 
 
 def _parts(call: str, objective: Objective, m: int | None) -> Generator[Objective, None, None]:
-    """The objective itself, or its groups of m examples."""
+    """Yield the objective itself, or its groups of m examples."""
     if m is None:
         yield objective
     else:
@@ -277,6 +277,6 @@ def _parts(call: str, objective: Objective, m: int | None) -> Generator[Objectiv
 
 
 def _outcome(outcomes: list[Outcome]) -> Outcome:
-    """The first doubtful one, or the most frequent."""
+    """Return the first doubtful one, or the most frequent."""
     doubtful = [outcome for outcome in outcomes if outcome.doubtful]
     return doubtful[0] if doubtful else max(outcomes, key=outcomes.count)

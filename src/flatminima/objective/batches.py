@@ -104,7 +104,7 @@ def _as_iterable(data: Any, batch_size: int) -> Iterable[Any]:
 
 
 def _is_indexed(data: Any) -> bool:
-    """Whether `data` behaves as a map-style dataset without being a torch Dataset."""
+    """Return whether `data` behaves as a map-style dataset without being a torch Dataset."""
     if isinstance(data, Mapping | list | tuple | str | bytes):
         return False
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
@@ -126,7 +126,7 @@ class _TensorBatches:
 
 
 def _generators(source: Any) -> list[torch.Generator]:
-    """The generators that a loader and the samplers within it draw from, each once."""
+    """Return the generators that a loader and the samplers within it draw from, each once."""
     owners = [source]
     for owner in owners:
         inner = [getattr(owner, name, None) for name in ("sampler", "batch_sampler")]
@@ -180,7 +180,7 @@ class Batches:
 
     @classmethod
     def holding(cls, batches: Sequence[Batch], device: torch.device) -> Batches:
-        """Batches that lie on the device already, with their weights."""
+        """Return batches that lie on the device already, with their weights."""
         own = cls.__new__(cls)
         own.device, own.readings = device, 0
         own._generators, own._generator_states = [], []
@@ -250,7 +250,7 @@ class Batches:
                 generator.set_state(state)
 
     def _raw_batches(self) -> Iterator[tuple[int, Any]]:
-        """The user's batches, each drawn under a seed of its own."""
+        """Yield the user's batches, each drawn under a seed of its own."""
         self.readings += 1
         reseed(READ_SEED)
         iterator = iter(self._source)

@@ -18,7 +18,7 @@ __all__ = ["groups_of", "with_normalized_logits"]
 
 
 def groups_of(call: str, objective: Objective, size: int) -> Iterator[Objective]:
-    """The objective on every `size` examples in turn, in the order of the data.
+    """Yield the objective on every `size` examples in turn, in the order of the data.
 
     What is left at the end is a smaller group. A group that spans batches is made of pieces of
     them, as the objective itself is made of batches. Groups without weight are passed over.
@@ -64,7 +64,7 @@ def _uncuttable(call: str, batch: Batch, why: str) -> InvalidArgumentError:
 
 
 def with_normalized_logits(call: str, objective: Objective) -> Objective:
-    """The objective with the logits f of each example replaced by f / s.
+    """Return the objective with the logits f of each example replaced by f / s.
 
     s is the standard deviation of the example's own logits about their mean, with the number of
     classes in the denominator (Andriushchenko et al. 2023, arXiv:2302.07011, section 3).
@@ -90,7 +90,7 @@ class _OnNormalizedLogits(nn.Module):
         self.loss_fn = loss_fn
 
     def forward(self, output: Tensor, target: Any) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         axis = 1 if output.dim() > 1 else 0
         spread = output.std(dim=axis, correction=0, keepdim=True)
         # Equal logits have no scale; they stay as they are.

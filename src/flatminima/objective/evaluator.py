@@ -386,11 +386,11 @@ class _Private:
         )
 
     def is_still(self) -> bool:
-        """Whether the buffers are what they were."""
+        """Return whether the buffers are what they were."""
         return same_tensors(self.buffers.present, dict(self._point.buffers))
 
     def has_moved(self) -> bool:
-        """Whether parameters are not what they were."""
+        """Return whether parameters are not what they were."""
         moved = not same_tensors(self.leaves.present, self._point.parameters())
         if moved:
             self.leaves.fresh(renew=True)

@@ -119,7 +119,7 @@ class Guard:
 
 
 def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor, Tensor]]:
-    """The tensors bound in `owners`, each with the copy that has taken its place."""
+    """Return the tensors bound in `owners`, each with the copy that has taken its place."""
     pairs = []
     for bound in owners if copies else ():
         for name, value in list(bound.items()):
@@ -130,7 +130,7 @@ def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor,
 
 
 def _unfused(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A recurrent module's forward without cuDNN's and oneDNN's kernels, its own alone."""
+    """Return a recurrent module's forward without cuDNN's and oneDNN's kernels, its own alone."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
     enabled = [backend.enabled for backend in backends]
     try:
@@ -186,7 +186,7 @@ class _Bound:
         self._generators = [(v, _state(v)) for v in values if isinstance(v, _generator_types())]
 
     def present(self) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
-        """What is bound now, for `restore`."""
+        """Return what is bound now, for `restore`."""
         return [(d, dict(d), [*map(id, d.values())]) for d in self._bound]
 
     def restore(self, kept: list[tuple[dict[str, Any], dict[str, Any], list[int]]]) -> bool:
@@ -255,7 +255,7 @@ def _reached(attributes: Sequence[Any]) -> list[Any]:
 
 
 def _same_members(container: Any, before: Any, *, thorough: bool) -> bool:
-    """Whether it holds the very same objects in the same order."""
+    """Return whether it holds the very same objects in the same order."""
     if len(container) != len(before) or (len(before) >= LARGE and not thorough):
         return len(container) == len(before)
     if isinstance(container, dict):

@@ -106,7 +106,7 @@ def is_unchanged(loss_fn: Any) -> bool:
 
 
 def is_known(loss_fn: Any) -> bool:
-    """Whether it is one of PyTorch's criteria, unchanged."""
+    """Return whether it is one of PyTorch's criteria, unchanged."""
     function = criterion_function(loss_fn)
     module = isinstance(function, nn.modules.loss._Loss) and type(function).__module__.startswith(
         "torch."
@@ -115,13 +115,13 @@ def is_known(loss_fn: Any) -> bool:
 
 
 def has_closed_form(loss_fn: Any) -> bool:
-    """Whether its Hessian by the outputs is known without differentiating."""
+    """Return whether its Hessian by the outputs is known without differentiating."""
     row = pytorch_loss(loss_fn)
     return row is not None and row.hessian is not None
 
 
 def is_sum(loss_fn: Any) -> bool:
-    """Whether the criterion adds up its terms instead of averaging them."""
+    """Return whether the criterion adds up its terms instead of averaging them."""
     # size_average is how reduction was spelled once; the modules translate it themselves.
     if criterion_option(loss_fn, "size_average", None) is False:
         return True

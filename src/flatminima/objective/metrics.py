@@ -19,7 +19,7 @@ Metric = Callable[[Any, Any], "Tensor | float"]
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Fraction of the labels that the largest output names.
+    """Return fraction of the labels that the largest output names.
 
     Args:
         output: class scores, shape (N, C) or (N, C, d₁, …); a single column is a binary logit.
@@ -59,7 +59,7 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def classification_error(call: str, loss_fn: Any) -> Metric:
-    """The fraction of the labels that the largest output does not name: 1 − `accuracy`.
+    """Return the fraction of the labels that the largest output does not name: 1 − `accuracy`.
 
     Args:
         call: for messages.
@@ -107,11 +107,11 @@ class _ClassificationError:
         return 1 - accuracy(output, self._known(target))
 
     def count(self, target: Any) -> float | None:
-        """Labels that count."""
+        """Return labels that count."""
         return label_count(self._known(target) if isinstance(target, Tensor) else target)
 
     def _known(self, target: Tensor) -> Tensor:
-        """Labels with −100 where the criterion ignores them."""
+        """Return labels with −100 where the criterion ignores them."""
         if target.dtype.is_floating_point:
             return target
         return torch.where(target == self._ignored, -100, target)
@@ -124,7 +124,7 @@ class _ClassificationError:
 
 
 def _sum_to_one(output: Tensor, target: Tensor) -> bool:
-    """Whether targets are for each example the probabilities of its classes."""
+    """Return whether targets are for each example the probabilities of its classes."""
     if not target.dtype.is_floating_point or target.shape != output.shape:
         return False
     adds_up = (target.sum(dim=1) - 1).abs() <= 1e-3
@@ -132,7 +132,7 @@ def _sum_to_one(output: Tensor, target: Tensor) -> bool:
 
 
 def metric_value(name: str, value: Any) -> float:
-    """What the metric `name` gave, as a float."""
+    """Return what the metric `name` gave, as a float."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise LossNotScalarError(
             f"The metric {name!r} gave shape {tuple(value.shape)}, not one value; return its mean "
@@ -145,7 +145,7 @@ def metric_value(name: str, value: Any) -> float:
 
 
 def label_count(target: Any) -> float | None:
-    """Labels ≠ −100 of integer targets, examples of others; None when they do not tell."""
+    """Return labels ≠ −100 of integer targets, examples of others; None when they do not tell."""
     if isinstance(target, Tensor) and not target.dtype.is_floating_point:
         return float((target != -100).sum().item())
     return example_count(target)

@@ -117,7 +117,7 @@ class Pieces:
         return True
 
     def piece(self, batch: Batch, start: int, end: int, count: int | None) -> Batch:
-        """Examples `start` to `end` of a batch of `count`, with their weight."""
+        """Return examples `start` to `end` of a batch of `count`, with their weight."""
         if count is None:
             raise self._uncuttable(batch, "its tensors differ in length")
         try:

@@ -21,7 +21,7 @@ _SHARDED = (
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+    """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
     Compiled code has no second derivative, and the wrappers of data parallelism act in ways
     (replicas, hooks on `.grad`, buffers broadcast) that no evaluation should start.
@@ -51,7 +51,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def without_prefix(name: str) -> str:
-    """A tensor's name without what `torch.compile` or data parallelism puts before it."""
+    """Return a tensor's name without what `torch.compile` or data parallelism puts before it."""
     found = next((p for p in _PREFIXES if name.startswith(p)), "")
     return name[len(found) :]
 

@@ -34,7 +34,7 @@ BatchPart = Callable[[Evaluated, list[Tensor]], Sequence[Tensor | None]]
 
 
 def check_objective(call: str, objective: object) -> Objective:
-    """`objective` when it is one."""
+    """Return `objective` when it is one."""
     advice = "Make one with fm.Objective(model, loss_fn, data)."
     return check_instance(call, "objective", objective, Objective, advice)
 
@@ -209,11 +209,11 @@ class Objective:
         )
 
     def point(self) -> Tensor:
-        """θ: the selected parameters' present values as a new vector, shape (n,)."""
+        """Return θ: the selected parameters' present values as a new vector, shape (n,)."""
         return self.layout.flatten(self.parameters.values())
 
     def loss(self) -> float:
-        """L(θ).
+        """Return L(θ).
 
         Raises:
             NonFiniteError: the loss of a batch is NaN or infinite; the message says which.
@@ -227,11 +227,11 @@ class Objective:
         return self.sum_over_batches(None, self._checked(displacement, "loss_at"), check=False)[0]
 
     def gradient(self) -> Tensor:
-        """∇L(θ), shape (n,)."""
+        """Return ∇L(θ), shape (n,)."""
         return self.value_and_gradient()[1]
 
     def value_and_gradient(self, displacement: Tensor | None = None) -> tuple[float, Tensor]:
-        """L(θ + δ) and ∇L(θ + δ), shape (n,), in one pass; without δ at θ itself.
+        """Return L(θ + δ) and ∇L(θ + δ), shape (n,), in one pass; without δ at θ itself.
 
         At θ a loss that is not finite raises as in `loss`; at θ + δ it is returned as it is.
         """
@@ -261,7 +261,7 @@ class Objective:
         return value, gradient
 
     def losses_at(self, displacements: Iterable[Tensor]) -> list[float]:
-        """L(θ + δ) for several displacements δ of shape (n,), such as the rows of a matrix.
+        """Return L(θ + δ) for several displacements δ of shape (n,), such as the rows of a matrix.
 
         The numbers are those of `loss_at`. Where the data are read anew each time, a reading serves
         as many δ as fit into a budget of memory (256 MB, or four parameter vectors where those are
@@ -295,7 +295,7 @@ class Objective:
     def evaluate_state(
         self, state: State, metrics: Mapping[str, Metric] | None = None
     ) -> tuple[float, dict[str, float]]:
-        """The same for one state dict."""
+        """Return the same for one state dict."""
         return next(self.evaluate_states([state], metrics))
 
     def sum_over_batches(
@@ -389,7 +389,7 @@ class Objective:
         )
 
     def _leaves(self, displacement: Tensor | None, *, differentiable: bool) -> dict[str, Tensor]:
-        """The selected parameters at θ + δ, in memory of their own."""
+        """Return the selected parameters at θ + δ, in memory of their own."""
         point = self.point()
         if displacement is not None:
             point += displacement
@@ -400,7 +400,7 @@ class Objective:
         }
 
     def _first_weight(self, data: Any, index: int) -> float:
-        """The weight of one of the user's batches, whose examples are counted."""
+        """Return the weight of one of the user's batches, whose examples are counted."""
         target = None if self.loss_fn is None else split_pair(data, index)[1]
         self.examples += example_count(data) or example_count(target) or 0
         return self.weigh(data, index)

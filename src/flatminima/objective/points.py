@@ -70,7 +70,7 @@ def _losses(evaluator: Evaluator, points: Sequence[Point], means: Sequence[_Mean
 
 
 def _checked(known: Mapping[str, Tensor], state: object) -> State:
-    """A state dict whose tensors fit the model's own."""
+    """Return a state dict whose tensors fit the model's own."""
     call = "Objective.evaluate_states"
     if not isinstance(state, Mapping):
         raise ArgumentTypeError(
@@ -100,7 +100,7 @@ def _checked(known: Mapping[str, Tensor], state: object) -> State:
 
 
 def _chunks(states: Iterable[State], budget: int) -> Iterator[list[State]]:
-    """The states in lists of at most `budget` bytes, one state at least."""
+    """Yield the states in lists of at most `budget` bytes, one state at least."""
     chunk: list[State] = []
     held = 0
     for state in states:

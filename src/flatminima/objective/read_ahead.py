@@ -28,7 +28,7 @@ class ReadingAhead:
         self._computed: torch.cuda.Event | None = None
 
     def move(self, tensor: Tensor) -> Tensor:
-        """`tensor` on the device, for kernels launched after `arrived`."""
+        """Return `tensor` on the device, for kernels launched after `arrived`."""
         plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
         if not plain or tensor.device.type != "cpu" or tensor.requires_grad:
             return tensor.to(self._device, non_blocking=True)

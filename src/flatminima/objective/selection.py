@@ -18,7 +18,7 @@ def matching(
     named: Sequence[tuple[str, nn.Parameter]],
     params: str | Sequence[str] | Callable[[str, nn.Parameter], bool],
 ) -> dict[str, nn.Parameter]:
-    """Those of some named parameters that patterns or a predicate choose, each tensor once.
+    """Return those of some named parameters that patterns or a predicate choose, each tensor once.
 
     Raises:
         ParameterSelectionError: none, or a pattern matches nothing.
@@ -54,7 +54,7 @@ def matching(
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name, in the model's order, each tensor once.
+    """Return the chosen parameters by name, in the model's order, each tensor once.
 
     Args:
         model: a tensor reachable under several names (tied weights) is listed under its first.

@@ -19,7 +19,7 @@ __all__ = ["BatchWeight", "example_count", "example_weights", "split_pair", "tok
 def token_weight(
     *, shift: bool = False, ignore_index: int = -100, labels: str | int | None = None
 ) -> Callable[[Any], int]:
-    """A `weight=` that counts the labels over which a mean token loss runs.
+    """Return a `weight=` that counts the labels over which a mean token loss runs.
 
     A language model's loss averages over the tokens that have a label, so batches must count by
     these and not by their sequences, or short batches and padding get too much weight.
@@ -85,7 +85,7 @@ def example_count(data: Any) -> int | None:
 
 
 def _count_terms(loss_fn: Any, target: Any) -> float | None:
-    """The weight w_b: over how many terms the criterion's mean runs for this target.
+    """Return the weight w_b: over how many terms the criterion's mean runs for this target.
 
     Cross-entropy and NLL: the labels that are not `ignore_index`, each counted with its class
     weight. Element-wise criteria (MSE, BCE, …): the elements of the target. Anything else: the
@@ -113,7 +113,7 @@ def _count_terms(loss_fn: Any, target: Any) -> float | None:
 
 
 def example_weights(loss_fn: Any, target: Any) -> Tensor | None:
-    """The weight w_i of each example of a batch, over how many terms its own mean loss runs.
+    """Return the weight w_i of each example of a batch, over how many terms its own mean loss runs.
 
     The batch's weight in parts, shape (examples,); None when the target does not tell.
     """
@@ -138,7 +138,7 @@ def example_weights(loss_fn: Any, target: Any) -> Tensor | None:
 
 
 def _check_weight(value: Any, index: int) -> float:
-    """A batch's weight as a float ≥ 0."""
+    """Return a batch's weight as a float ≥ 0."""
     try:
         number = float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -153,7 +153,7 @@ def _check_weight(value: Any, index: int) -> float:
 
 
 def split_pair(data: Any, index: int) -> tuple[Any, Any]:
-    """A batch as (input, target).
+    """Return a batch as (input, target).
 
     Raises:
         ArgumentTypeError: it is none.
@@ -226,7 +226,7 @@ class BatchWeight:
 
 
 def _hides_labels(loss_fn: Any, data: Any, target: Any) -> bool:
-    """Whether labels of −100 are in play that nobody has said how to count.
+    """Return whether labels of −100 are in play that nobody has said how to count.
 
     Known criteria say it themselves; a function of the user's own, or a `batch_loss` (`loss_fn`
     None) on a batch with labels, does not.
@@ -242,6 +242,6 @@ def _hides_labels(loss_fn: Any, data: Any, target: Any) -> bool:
 
 
 def _token_labels(data: Any) -> Tensor | None:
-    """The integer "labels" of a mapping when each example has several of them."""
+    """Return the integer "labels" of a mapping when each example has several of them."""
     labels = _integer_labels(data, "labels") if isinstance(data, Mapping) else None
     return None if labels is None or labels.dim() < 2 else labels

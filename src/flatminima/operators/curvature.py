@@ -81,11 +81,11 @@ class CurvatureOperator(LinearOperator, Generic[G]):
 
     @abstractmethod
     def _graph(self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None) -> G:
-        """What products are taken by, for one batch."""
+        """Return what products are taken by, for one batch."""
 
     @abstractmethod
     def _quotient(self, vector: Tensor, eps: float) -> tuple[Tensor, float]:
-        """The product by differences, and an estimate of its error."""
+        """Return the product by differences, and an estimate of its error."""
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
 
     @abstractmethod
     def _matrix(self, seen: Evaluated, trace: GraphTrace | None) -> OutputMatrix:
-        """M for one batch."""
+        """Return M for one batch."""
 
     def _graph(
         self, seen: Evaluated, leaves: list[Tensor], trace: GraphTrace | None
@@ -84,7 +84,7 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
         return total.mean()
 
     def exact_diagonal(self) -> Tensor | None:
-        """The diagonal, shape (n,), by the Jacobian of each example.
+        """Return the diagonal, shape (n,), by the Jacobian of each example.
 
         Writes and reads a Jacobian of n numbers for each output of each example, which takes some
         20 times as long as as many gradients. None where an example has more than 64 outputs, the
@@ -144,7 +144,7 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
     # ------------------------------------------------------------------ by differences
 
     def _quotient(self, vector: Tensor, eps: float) -> tuple[Tensor, float]:
-        """J v by differences of outputs, Jᵀ by one backward pass."""
+        """Return J v by differences of outputs, Jᵀ by one backward pass."""
         objective = self.objective
         own = list(objective.model.parameters())
 
@@ -171,7 +171,7 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
         return extrapolated(quotients, vector, objective.point(), eps)
 
     def _output(self, seen: Evaluated, shift: Tensor) -> Any:
-        """The model's output for the same batch at θ + δ, without a graph."""
+        """Return the model's output for the same batch at θ + δ, without a graph."""
         layout = self.objective.layout
         moved = {
             name: seen.tensors[name] + piece
@@ -186,13 +186,13 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
 
     @abstractmethod
     def _change(self, seen: Evaluated, above: Any, below: Any) -> Sequence[Tensor | None]:
-        """What M makes of the difference of two outputs."""
+        """Return what M makes of the difference of two outputs."""
 
 
 def _pulled(
     pairs: Sequence[tuple[Tensor, Tensor]], leaves: list[Tensor], own: Sequence[Tensor]
 ) -> PerLeaf:
-    """Σ Jᵀ c over pairs of an output and its cotangent, the graph being kept."""
+    """Return Σ Jᵀ c over pairs of an output and its cotangent, the graph being kept."""
     if not pairs:
         return [None] * len(leaves)
     total = torch.stack([(o * c).sum() for o, c in pairs]).sum()

@@ -68,7 +68,7 @@ class MatrixOperator(LinearOperator):
         return True
 
     def exact_diagonal(self) -> Tensor:
-        """The diagonal of the matrix, a new tensor of shape (n,)."""
+        """Return the diagonal of the matrix, a new tensor of shape (n,)."""
         return torch.diagonal(self.matrix).clone()
 
     def _products(self, vectors: Tensor) -> Tensor:

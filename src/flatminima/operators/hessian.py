@@ -81,7 +81,7 @@ class HessianOperator(CurvatureOperator[GradientGraph]):
         super().__init__(objective, method=method, methods=METHODS, keep_graph=keep_graph)
 
     def block_product(self, vector: Tensor, blocks: Sequence[Block]) -> Tensor:
-        """The product with diagonal blocks of H, those of `blocks`, shape (n,) → (n,).
+        """Return the product with diagonal blocks of H, those of `blocks`, shape (n,) → (n,).
 
         Args:
             vector: shape (n,), unchecked.

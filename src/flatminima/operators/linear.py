@@ -115,7 +115,7 @@ class LinearOperator(ABC):
         """The products with the rows of `vectors` (k, n), as the rows of a new tensor (k, n)."""
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product with `vector`, shape (n,) → (n,).
+        """Return the product with `vector`, shape (n,) → (n,).
 
         Raises:
             ShapeError: `vector` has another shape.
@@ -132,7 +132,7 @@ class LinearOperator(ABC):
         return self._finite(self._products(checked.unsqueeze(0)))[0]
 
     def matmat(self, matrix: Tensor) -> Tensor:
-        """The products with the columns of `matrix`, shape (n, k) → (n, k).
+        """Return the products with the columns of `matrix`, shape (n, k) → (n, k).
 
         Raises:
             ShapeError: `matrix` has another shape.
@@ -232,7 +232,7 @@ class LinearOperator(ABC):
         return self * -1.0
 
     def shifted(self, shift: float) -> LinearOperator:
-        """A + shift · I.
+        """Return a + shift · I.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -243,7 +243,7 @@ class LinearOperator(ABC):
         return SumOperator([self], shift=check_number("shifted", "shift", shift))
 
     def to_dense(self, *, progress: bool = True) -> Tensor:
-        """The matrix itself, shape (n, n), by a product with each unit vector.
+        """Return the matrix itself, shape (n, n), by a product with each unit vector.
 
         Args:
             progress: show a bar if it takes long.
@@ -279,11 +279,11 @@ class LinearOperator(ABC):
         return self._finite(out)
 
     def inner(self, left: Tensor, right: Tensor) -> Tensor:
-        """⟨left, right⟩ of two (n,) vectors, a scalar tensor on the device."""
+        """Return ⟨left, right⟩ of two (n,) vectors, a scalar tensor on the device."""
         return torch.dot(left, right)
 
     def to_scipy(self) -> Any:
-        """The same operator as a `scipy.sparse.linalg.LinearOperator` on host arrays.
+        """Return the same operator as a `scipy.sparse.linalg.LinearOperator` on host arrays.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -318,7 +318,7 @@ class LinearOperator(ABC):
 
 
 def check_operator(call: str, operator: object) -> LinearOperator:
-    """`operator` when it is one."""
+    """Return `operator` when it is one."""
     if not isinstance(operator, LinearOperator):
         raise ArgumentTypeError(
             f"The 'operator' argument of {call} must be a LinearOperator; got "
@@ -447,7 +447,7 @@ class SumOperator(LinearOperator):
         return all(operator.knows_diagonal for operator in self.operators)
 
     def exact_diagonal(self) -> Tensor | None:
-        """The diagonal where all operators have theirs."""
+        """Return the diagonal where all operators have theirs."""
         total = torch.full((self.shape[0],), self.shift, dtype=self.dtype, device=self.device)
         for factor, operator in zip(self.coefficients, self.operators, strict=True):
             diagonal = operator.exact_diagonal()

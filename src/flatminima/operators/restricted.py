@@ -58,7 +58,7 @@ class _Seen(LinearOperator):
         return self.operator.parameters
 
     def _inner(self, vectors: Tensor) -> Tensor:
-        """Products with the operator within."""
+        """Return products with the operator within."""
         products = self.operator._products(vectors)
         self.error, self.floor = self.operator.error, self.operator.floor
         return products
@@ -134,7 +134,7 @@ class BlockOperator(_Seen):
         return self.operator.knows_diagonal
 
     def exact_diagonal(self) -> Tensor | None:
-        """That part of the operator's own."""
+        """Return that part of the operator's own."""
         whole = self.operator.exact_diagonal()
         return None if whole is None else whole[self._index]
 
@@ -280,7 +280,7 @@ class PreconditionedOperator(_Seen):
         return self.operator.knows_diagonal
 
     def exact_diagonal(self) -> Tensor | None:
-        """The operator's own over D."""
+        """Return the operator's own over D."""
         own = self.operator.exact_diagonal()
         return None if own is None else own / self.diagonal
 
@@ -292,7 +292,7 @@ class PreconditionedOperator(_Seen):
 
 
 def _second_moments(operator: LinearOperator, optimiser: torch.optim.Optimizer) -> Tensor:
-    """D of the optimiser for the operator's parameters, shape (n,)."""
+    """Return D of the optimiser for the operator's parameters, shape (n,)."""
     layout, parameters = operator.layout, operator.parameters
     if layout is None or parameters is None:
         raise InvalidArgumentError(
@@ -324,7 +324,7 @@ def _second_moments(operator: LinearOperator, optimiser: torch.optim.Optimizer) 
 def _preconditioner(
     state: dict[str, Tensor], group: dict[str, Any], optimiser: torch.optim.Optimizer
 ) -> Tensor:
-    """√v + ε of one parameter, in float32 at least: ε is zero in float16."""
+    """Return √v + ε of one parameter, in float32 at least: ε is zero in float16."""
     eps = float(group["eps"])
     found: Tensor | None = None
     if {"exp_avg_sq", "step"} <= state.keys():

@@ -63,7 +63,7 @@ def in_style(style: str | None) -> Iterator[None]:
 
 
 def new_axis(ax: Axes | None, width: float, height: float) -> Axes:
-    """`ax`, or where there is none that of a new figure of this size in inches."""
+    """Return `ax`, or where there is none that of a new figure of this size in inches."""
     if ax is not None:
         return ax
     axis: Axes = plt.subplots(figsize=figure_size(width, height), layout="constrained")[1]
@@ -71,20 +71,20 @@ def new_axis(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def figure_size(width: float, height: float) -> tuple[float, float]:
-    """Inches, scaled to a column where the style is a paper's."""
+    """Return Inches, scaled to a column where the style is a paper's."""
     scale = 1.0 if _wide.get() else COLUMN / width
     return width * scale, max(height * scale, min(height, 1.6))
 
 
 def stacked_axes(width: float, *heights: float) -> list[Axes]:
-    """Axes of a new figure, one below the other, in inches."""
+    """Return axes of a new figure, one below the other, in inches."""
     figure = plt.figure(figsize=figure_size(width, sum(heights)), layout="constrained")
     axes: list[Axes] = list(figure.subplots(len(heights), height_ratios=heights))
     return axes
 
 
 def finite(values: Sequence[float]) -> Any:
-    """Values as an array in which what is not finite leaves a gap."""
+    """Return values as an array in which what is not finite leaves a gap."""
     array = np.array(values, dtype=float)
     return np.where(np.isfinite(array), array, np.nan)
 
@@ -100,5 +100,5 @@ def label_few_decades(axis: Axes, *, vertical: bool = False) -> None:
 
 
 def _leads(value: float) -> bool:
-    """Whether a tick is a 2 or a 5 of its decade."""
+    """Return whether a tick is a 2 or a 5 of its decade."""
     return f"{value:.0e}"[0] in "25"

@@ -48,7 +48,7 @@ WHOLE = "(all parameters)"
 
 
 def draw_random_sharpness(result: RandomSharpnessResult, ax: Axes | None) -> Axes:
-    """The largest of each tensor, its mean and spread."""
+    """Return the largest of each tensor, its mean and spread."""
     axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(result.tensors))
     places = np.arange(len(result.tensors))
     largest = finite([t.value for t in result.tensors])
@@ -84,7 +84,7 @@ def draw_layers(result: LayerwiseResult, ax: Axes | None) -> Axes:
 
 
 def draw_gradient_norm(result: GradientNormResult, ax: Axes | None) -> Axes:
-    """The norm of the gradient by each parameter tensor."""
+    """Return the norm of the gradient by each parameter tensor."""
     axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(result.tensors))
     norms = Column("", [(norm, 0.0) for norm in result.tensors.values()], BLUE)
     _module_bars(axis, list(result.tensors), [norms])
@@ -93,7 +93,7 @@ def draw_gradient_norm(result: GradientNormResult, ax: Axes | None) -> Axes:
 
 
 def draw_relative_flatness(result: RelativeFlatnessResult, ax: Axes | None) -> Axes:
-    """Relative flatness of each weight matrix."""
+    """Draw relative flatness of each weight matrix."""
     axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(result.layers))
     values = [(layer.value, layer.standard_error) for layer in result.layers]
     _module_bars(axis, [layer.name for layer in result.layers], [Column("", values, BLUE)])
@@ -102,7 +102,7 @@ def draw_relative_flatness(result: RelativeFlatnessResult, ax: Axes | None) -> A
 
 
 def draw_trace(result: TraceResult, ax: Axes | None) -> Axes:
-    """What each module has of the trace, or the whole where no modules are known."""
+    """Return what each module has of the trace, or the whole where no modules are known."""
     traces = {"": result}
     shown = _shown(traces)
     axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(shown))
@@ -153,7 +153,7 @@ def _module_bars(axis: Axes, names: Sequence[str], columns: Sequence[Column]) ->
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Long names by their ends, as long as these tell them apart."""
+    """Return long names by their ends, as long as these tell them apart."""
     short = []
     for name in names:
         end = name[1 - LONGEST :]
@@ -193,7 +193,7 @@ def _draw_traces(axis: Axes, traces: Mapping[str, TraceResult], shown: Sequence[
 
 
 def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
-    """A bar for each measure; below, on a figure of its own, the traces module by module."""
+    """Return a bar for each measure; below, on a figure of its own, the traces module by module."""
     lines = result.measurements()
     known = {"Hessian": result.trace, "Gauss–Newton matrix": result.gauss_newton_trace}
     traces = {name: found for name, found in known.items() if found is not None}
@@ -227,7 +227,7 @@ def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
 
 
 def draw_comparison(result: Comparison, ax: Axes | None) -> Axes:
-    """Ratios to the first label."""
+    """Return ratios to the first label."""
     shown = [
         (i, name)
         for i, name in enumerate(result.measures)

@@ -21,7 +21,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw_interpolation(result: Interpolation, ax: Axes | None) -> Axes:
-    """The loss at the left, metrics at the right."""
+    """Return the loss at the left, metrics at the right."""
     left = new_axis(ax, 6.0, 3.8)
     alphas = np.array(result.alphas)
     order = np.argsort(alphas)
@@ -74,7 +74,7 @@ def draw_interpolation(result: Interpolation, ax: Axes | None) -> Axes:
 
 
 def _marker(values: Any) -> str:
-    """Points between two gaps would not show as a line."""
+    """Return points between two gaps would not show as a line."""
     return "." if np.isnan(values).any() else ""
 
 
@@ -86,7 +86,7 @@ def _widen(axis: Axes, span: float) -> None:
 
 
 def draw_density(result: SpectralDensity, ax: Axes | None) -> Axes:
-    """The density with its error, and what was taken out."""
+    """Return the density with its error, and what was taken out."""
     axis = new_axis(ax, 6.0, 3.6)
     logarithmic = result.scale == "log"
     points = _places(result)
@@ -123,7 +123,7 @@ def draw_density(result: SpectralDensity, ax: Axes | None) -> Axes:
 
 
 def _places(result: SpectralDensity) -> Any:
-    """Where the density is computed for its picture: close enough to see every Gaussian."""
+    """Return where the density is computed for its picture: close enough to see every Gaussian."""
     nodes = result.nodes[result.weights > 0].numpy()
     values = np.concatenate([nodes, result.eigenvalues.numpy()])
     shifts = result.sigma * np.linspace(-4, 4, 17)
@@ -153,7 +153,7 @@ def _logarithmic_both_ways(axis: Axes, points: Any, shown: Any) -> None:
 
 
 def draw_eigenvalues(result: EigenResult, ax: Axes | None) -> Axes:
-    """Points with their residuals."""
+    """Return points with their residuals."""
     axis = new_axis(ax, 4.8, 3.4)
     values = result.eigenvalues.numpy()
     axis.errorbar(

@@ -74,7 +74,7 @@ def interactive(
     losses: TrajectoryLosses | None = None,
     title: str | None = None,
 ) -> str:
-    """A page with a picture to turn, zoom and read off, which opens without a network.
+    """Return a page with a picture to turn, zoom and read off, which opens without a network.
 
     A `Surface` of two directions is a relief, and at the press of a button a map. Height and colour
     are logarithmic where all losses are positive and span more than a factor of ten, with ticks
@@ -182,7 +182,7 @@ def _write(path: Path, page: str) -> None:
 
 
 def _text(words: str) -> str:
-    """Words that plotly shows as they are: it reads tags, and %{} in what hovers."""
+    """Return words that plotly shows as they are: it reads tags, and %{} in what hovers."""
     return html.escape(words, quote=False).replace("%{", "% {")
 
 
@@ -191,7 +191,7 @@ def _titled(words: str) -> dict[str, Any]:
 
 
 def _known(values: Any, *, positive: bool = False) -> list[Any]:
-    """Nested lists of numbers, None where there is nothing to draw."""
+    """Return nested lists of numbers, None where there is nothing to draw."""
     shown: Any = np.where(np.isfinite(values) & ((values > 0) | (not positive)), values, None)
     return list(shown.tolist())
 
@@ -202,7 +202,7 @@ def _is_logarithmic(values: Any) -> bool:
 
 
 def _ticks(values: Any) -> list[float]:
-    """Some losses to label a logarithmic axis with."""
+    """Return some losses to label a logarithmic axis with."""
     known = values[np.isfinite(values)]
     low, high = float(known.min()), float(known.max())
     subs = (1, 2, 5) if high < 1e3 * low else (1,)
@@ -217,7 +217,7 @@ def _relief(
     trajectory: PrincipalResult | None,
     losses: TrajectoryLosses | None,
 ) -> tuple[Any, list[str]]:
-    """Relief and map of the same losses, one of them hidden, and what to say about them."""
+    """Draw relief and map of the same losses, one of them hidden, and what to say about them."""
     x, y = (list(values) for values in result.coordinates)
     # The first direction is the horizontal axis, which is the second dimension of a picture.
     values = result.loss.double().cpu().numpy().T
@@ -339,7 +339,7 @@ def _relief(
 
 
 def _heights(result: Surface, points: Any) -> Any:
-    """The surface between its points, NaN beyond it and in gaps."""
+    """Return the surface between its points, NaN beyond it and in gaps."""
     from scipy.interpolate import RegularGridInterpolator
 
     values = result.loss.double().cpu().numpy()
@@ -350,7 +350,7 @@ def _heights(result: Surface, points: Any) -> Any:
 
 
 def _lines(go: Any, result: Surface | Interpolation) -> tuple[Any, list[str]]:
-    """The loss at the left, metrics at the right."""
+    """Return the loss at the left, metrics at the right."""
     curves: dict[str, tuple[Any, dict[str, Any]]]
     if isinstance(result, Surface):
         places, axis = result.coordinates[0], f"{result.labels[0]} ({result.units[0]})"

@@ -18,7 +18,7 @@ __all__ = ["draw_critical", "draw_invariance", "draw_local_energy", "draw_pac_ba
 
 
 def draw_local_energy(result: LocalEnergyResult, ax: Axes | None) -> Axes:
-    """The rise at each size of the noise, with two standard errors, from the origin."""
+    """Return the rise at each size of the noise, with two standard errors, from the origin."""
     axis = new_axis(ax, 5.0, 3.4)
     sigmas = np.array([0.0, *result.sigmas])
     rises, errors = finite([0.0, *result.rises]), finite([0.0, *result.standard_errors])
@@ -34,7 +34,7 @@ def draw_local_energy(result: LocalEnergyResult, ax: Axes | None) -> Axes:
 
 
 def draw_pac_bayes(result: PacBayesResult, ax: Axes | None) -> Axes:
-    """The mean rise at every σ that was tried, the target, and the σ that was found."""
+    """Return the mean rise at every σ that was tried, the target, and the σ that was found."""
     axis = new_axis(ax, 5.0, 3.4)
     axis.plot(result.sigmas, finite(result.rises), color=BLUE, marker="o", markersize=3)
     axis.axhline(result.target, color=GREY, linewidth=0.8, zorder=0)
@@ -63,7 +63,7 @@ def draw_pac_bayes(result: PacBayesResult, ax: Axes | None) -> Axes:
 
 
 def draw_critical(result: CriticalSharpnessResult, ax: Axes | None) -> Axes:
-    """The loss at every step that was tried, that at θ, and the critical step."""
+    """Return the loss at every step that was tried, that at θ, and the critical step."""
     axis = new_axis(ax, 5.0, 3.4)
     axis.plot(result.tried_steps, finite(result.tried_losses), color=BLUE, marker="o", markersize=3)
     axis.axhline(result.loss, color=GREY, linewidth=0.8, zorder=0)
@@ -88,7 +88,7 @@ def draw_critical(result: CriticalSharpnessResult, ax: Axes | None) -> Axes:
 
 
 def draw_invariance(result: InvarianceTable, ax: Axes | None) -> Axes:
-    """The ratio of each measure after rescaling, on a logarithmic axis; 1 is unchanged."""
+    """Return the ratio of each measure after rescaling, on a logarithmic axis; 1 is unchanged."""
     axis = new_axis(ax, 7.0, 1.2 + 0.27 * len(result.measures))
     places = np.arange(len(result.measures))
     kinds = list(result.ratios)

@@ -21,7 +21,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def grouped(results: object) -> dict[str, list[Profile]]:
-    """Profiles by what they are of: by the keys of a mapping, or by the direction of each.
+    """Return profiles by what they are of: by the keys of a mapping, or by the direction of each.
 
     Raises:
         ArgumentTypeError: something in it has no profile.
@@ -55,7 +55,7 @@ def grouped(results: object) -> dict[str, list[Profile]]:
 
 
 def draw_profiles(groups: Mapping[str, Sequence[Profile]], ax: Axes | None) -> Axes:
-    """The median of each group, and a band from its least to its largest at every point."""
+    """Return the median of each group, and a band from its least to its largest at every point."""
     axis = new_axis(ax, 6.0, 3.8)
     least = np.inf
     several = max(len(results) for results in groups.values())
@@ -104,7 +104,7 @@ def _name(result: Profile) -> str:
 
 
 def _ground(result: Profile) -> tuple[object, ...]:
-    """What results must share to be drawn as one band."""
+    """Return what results must share to be drawn as one band."""
     unit = "" if isinstance(result, Interpolation) else result.units[0]
     return _places(result), _sets(result), unit
 

@@ -42,7 +42,7 @@ def draw_surface(
     trajectory: PrincipalResult | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Axes:
-    """A profile in one dimension, contours or relief in two."""
+    """Return a profile in one dimension, contours or relief in two."""
     dimensions = len(result.coordinates)
     if dimensions > 2:
         raise InvalidArgumentError(
@@ -66,7 +66,7 @@ def draw_surface(
 
 
 def check_plane(call: str, result: object, trajectory: object) -> PrincipalResult:
-    """`trajectory` when it lies on the surface.
+    """Return `trajectory` when it lies on the surface.
 
     Raises:
         ArgumentTypeError: it is no result of `principal_components`.
@@ -115,7 +115,7 @@ def _axis_label(result: Surface, number: int) -> str:
 
 
 def _profile(result: Surface, ax: Axes | None) -> Axes:
-    """The loss at the left, metrics at the right, as of an interpolation."""
+    """Return the loss at the left, metrics at the right, as of an interpolation."""
     left = new_axis(ax, 6.0, 3.6)
     places = np.array(result.coordinates[0])
     names = list(dict.fromkeys(m for grid in result.grids.values() for m in grid.metrics))
@@ -205,7 +205,7 @@ def _contours(
 
 
 def _not_finite(axis: Axes, x: Any, y: Any, values: Any) -> list[Patch]:
-    """Cells around points that are NaN or infinite, in colours and hatches of their own."""
+    """Return cells around points that are NaN or infinite, in colours and hatches of their own."""
     handles = []
     for which, color, label in (
         (np.isnan(values), NOT_A_NUMBER, "NaN"),
@@ -248,7 +248,7 @@ def _path(axis: Axes, trajectory: PrincipalResult) -> None:
 
 
 def _relief(result: Surface, ax: Axes | None, limits: tuple[float, float] | None) -> Axes:
-    """The loss as height, on a logarithmic scale where its colours would be."""
+    """Return the loss as height, on a logarithmic scale where its colours would be."""
     axis: Any = ax
     if axis is None:
         figure = plt.figure(figsize=figure_size(6.0, 4.8), layout="constrained")

@@ -45,7 +45,7 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
 
     def mean(self, label: str, measure: str) -> float:
-        """Mean over the reports (seeds) of one label."""
+        """Return mean over the reports (seeds) of one label."""
         return _mean(self._reports(label, measure))
 
     def standard_deviation(self, label: str, measure: str) -> float:
@@ -86,7 +86,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _spread(values: Sequence[float]) -> float:
-    """The standard deviation, with n − 1 in the denominator."""
+    """Return the standard deviation, with n − 1 in the denominator."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     mean = _mean(values)
@@ -99,7 +99,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def compare(reports: Mapping[str, SharpnessReport | Sequence[SharpnessReport]]) -> Comparison:
-    """Reports side by side, with the ratios to the first.
+    """Return reports side by side, with the ratios to the first.
 
     Args:
         reports: by label, one report or several (of the same training with other seeds), which

@@ -64,7 +64,7 @@ def chosen_measures(
     known: Sequence[str],
     default: Sequence[str],
 ) -> dict[str, tuple[Options, ...]]:
-    """The names that were chosen, in the order of `known`, with the settings of each.
+    """Return the names that were chosen, in the order of `known`, with the settings of each.
 
     Raises:
         ArgumentTypeError: something that is neither names nor a mapping of names to settings.

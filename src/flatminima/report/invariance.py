@@ -61,7 +61,7 @@ class InvarianceTable(Result):
     notes: tuple[str, ...] = ()
 
     def invariant(self, kind: str, measure: str) -> bool:
-        """Whether a measure was unchanged by a kind of rescaling, within the tolerance."""
+        """Return whether a measure was unchanged by a kind of rescaling, within the tolerance."""
         check_choice("InvarianceTable.invariant", "kind", kind, self.ratios)
         check_choice("InvarianceTable.invariant", "measure", measure, self.measures)
         return self._same(self.ratios[kind][self.measures.index(measure)])
@@ -201,7 +201,7 @@ def _ratio(after: float, before: float) -> float:
 
 
 def _change(after: float, before: float) -> float:
-    """Relative; absolute from zero."""
+    """Return Relative; absolute from zero."""
     return abs(after - before) / (abs(before) or 1.0)
 
 
@@ -219,7 +219,7 @@ def _check_same(
 
 
 def _doubts(lines: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """Numbers that did not converge in one of the parametrisations."""
+    """Return numbers that did not converge in one of the parametrisations."""
     notes = []
     for name in lines:
         for kind, found in (("as it is", lines), *others.items()):

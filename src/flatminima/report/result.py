@@ -72,7 +72,7 @@ class SharpnessReport(Result):
     results: dict[str, tuple[MeasureResult, ...]] = dataclasses.field(default_factory=dict)
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """Every number of the report as a line of its own."""
+        """Return every number of the report as a line of its own."""
         lines = [Measurement("loss L(θ)", self.loss, None, "", None, "1 loss")]
         if self.gradient_norm is not None:
             lines.append(
@@ -126,7 +126,7 @@ class SharpnessReport(Result):
 
 
 def _told_apart(lines: Sequence[Measurement]) -> Iterator[Measurement]:
-    """Lines whose settings do not show in their names are numbered."""
+    """Yield lines whose settings do not show in their names are numbered."""
     seen: Counter[str] = Counter()
     for line in lines:
         seen[line.name] += 1

@@ -73,7 +73,7 @@ def sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> SharpnessReport:
-    """How sharp the minimum is that a trained model lies in, in one call.
+    """Return how sharp the minimum is that a trained model lies in, in one call.
 
     It measures the loss, the norm of its gradient, Keskar's ε-sharpness in the full space and in
     a random subspace of dimension 100, each at ε = 1e-3 and 5e-4, the sharpness under random
@@ -179,7 +179,7 @@ def sharpness(
     left_out: list[str] = []
 
     def family(name: str) -> tuple[MeasureResult, ...]:
-        """The results of a measure, one for each of its settings."""
+        """Return the results of a measure, one for each of its settings."""
         function, found = FAMILY[name][0], []
         for options in chosen[name]:
             own = _fitted(name, options, objective, samples)
@@ -193,7 +193,7 @@ def sharpness(
         return tuple(found)
 
     def fields_of(name: str) -> dict[str, Any]:
-        """What a measure adds to the report."""
+        """Return what a measure adds to the report."""
         if name == "gradient_norm":
             return {name: gradient_norm(objective).value}
         if name == "eigenvalues":
@@ -263,7 +263,7 @@ def _check_no_options(call: str, options: Mapping[str, Any]) -> None:
 
 
 def _fitted(name: str, options: Options, objective: Objective, samples: int) -> dict[str, Any]:
-    """Options as this objective can have them, where they are the standard ones."""
+    """Return options as this objective can have them, where they are the standard ones."""
     fitted = dict(options)
     for option in ("subspace", "outliers"):
         if option in fitted and any(options is standard for standard in FAMILY[name][1]):
@@ -297,7 +297,7 @@ def _spectrum(
 def _gauss_newton(
     operator: GaussNewtonOperator, products: int, *, asked: bool, **shared: Any
 ) -> dict[str, Any]:
-    """Its largest eigenvalue and its trace."""
+    """Return its largest eigenvalue and its trace."""
     with warnings.catch_warnings(), operator.session():
         if not asked:
             # That the matrix is zero is in its notes.

@@ -30,7 +30,7 @@ def _refusal(call: str, argument: str, wanted: str, got: object) -> str:
 def check_integer(
     call: str, argument: str, value: object, *, low: int, high: int | None = None
 ) -> int:
-    """`value` as an int within [`low`, `high`]; booleans are not integers here."""
+    """Return `value` as an int within [`low`, `high`]; booleans are not integers here."""
     wanted = f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ArgumentTypeError(_refusal(call, argument, wanted, value))
@@ -41,7 +41,7 @@ def check_integer(
 
 
 def check_number(call: str, argument: str, value: object, wanted: str = "a finite number") -> float:
-    """`value` as a finite float."""
+    """Return `value` as a finite float."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise ArgumentTypeError(_refusal(call, argument, wanted, value))
     number = float(value.__float__())
@@ -51,7 +51,7 @@ def check_number(call: str, argument: str, value: object, wanted: str = "a finit
 
 
 def check_positive(call: str, argument: str, value: object) -> float:
-    """`value` as a finite float greater than zero."""
+    """Return `value` as a finite float greater than zero."""
     wanted = "a finite number > 0"
     number = check_number(call, argument, value, wanted)
     if number <= 0:
@@ -70,7 +70,7 @@ def check_callables(call: str, **functions: object) -> None:
 
 
 def check_choice(call: str, argument: str, value: object, choices: Iterable[str]) -> str:
-    """`value` when it is one of `choices`."""
+    """Return `value` when it is one of `choices`."""
     names = list(choices)
     if not isinstance(value, str) or value not in names:
         wanted = "one of " + ", ".join(repr(n) for n in names)
@@ -80,7 +80,7 @@ def check_choice(call: str, argument: str, value: object, choices: Iterable[str]
 
 
 def check_device(call: str, device: torch.device | str, argument: str = "device") -> torch.device:
-    """The device with its index, when this machine has it."""
+    """Return the device with its index, when this machine has it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -92,7 +92,7 @@ def check_device(call: str, device: torch.device | str, argument: str = "device"
 
 
 def check_instance(call: str, argument: str, value: object, kind: type[T], advice: str) -> T:
-    """`value` when it is an instance of `kind`; `advice` says how to get one."""
+    """Return `value` when it is an instance of `kind`; `advice` says how to get one."""
     if not isinstance(value, kind):
         got = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ArgumentTypeError(

@@ -25,14 +25,14 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that a device or the host has no memory left."""
+    """Return whether the error says that a device or the host has no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`."""
+    """Return memory that is free on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -100,7 +100,7 @@ def _explanation(
 
 
 def _lengths(data: Any) -> tuple[int, int] | None:
-    """The lengths of a batch's first two tensors, when they differ."""
+    """Return the lengths of a batch's first two tensors, when they differ."""
     if not (isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and len(data) == 2)):
         return None
     tensors = [t for t in tensors_in(data) if t.dim() > 0][:2]

@@ -99,5 +99,5 @@ def _setting(backend: Any, older: Callable[[], Any], operation: str = "") -> Any
 
 
 def resolution(model: nn.Module, device: torch.device, loss: float) -> float:
-    """Differences from a loss that are as small as that may be its rounding."""
+    """Return differences from a loss that are as small as that may be its rounding."""
     return 8 * working_eps(model, device) * abs(loss)

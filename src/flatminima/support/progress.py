@@ -12,7 +12,7 @@ DELAY_SECONDS = 2.0
 
 
 def progress_bar(description: str, *, total: int | None, unit: str, show: bool) -> Any:
-    """A tqdm bar that appears after two seconds of work, or never when `show` is false."""
+    """Return a tqdm bar that appears after two seconds of work, or never when `show` is false."""
     return _tqdm()(
         total=total,
         desc=description,
@@ -26,7 +26,7 @@ def progress_bar(description: str, *, total: int | None, unit: str, show: bool) 
 
 @functools.cache
 def _tqdm() -> Any:
-    """The kind of bar that fits; loaded when the first is made, for a quick start."""
+    """Return the kind of bar that fits; loaded when the first is made, for a quick start."""
     from tqdm import TqdmWarning
 
     with warnings.catch_warnings():

@@ -25,7 +25,7 @@ Seed = int | torch.Generator
 
 
 def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
-    """A generator for draws on `device`.
+    """Return a generator for draws on `device`.
 
     Args:
         seed: an int gives a new generator on `device`, the same one every time. A
@@ -58,7 +58,7 @@ def one_seed(seed: Seed, device: torch.device) -> int:
 def rademacher(
     count: int, size: int, generator: torch.Generator, *, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Independent signs, shape (count, size)."""
+    """Return independent signs, shape (count, size)."""
     bits = torch.randint(2, (count, size), generator=generator, device=generator.device)
     return bits.to(device, dtype).mul_(2).sub_(1)
 
@@ -76,7 +76,7 @@ def reseed(seed: int) -> None:
 
 
 def random_state() -> list[bytes]:
-    """Every global random state of torch, to be compared."""
+    """Return every global random state of torch, to be compared."""
     states = [torch.get_rng_state()]
     if _cuda_in_use():
         states += torch.cuda.get_rng_state_all()
@@ -106,5 +106,5 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def _cuda_in_use() -> bool:
-    """Whether CUDA has states worth keeping; asking for them would start it otherwise."""
+    """Return whether CUDA has states worth keeping; asking for them would start it otherwise."""
     return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

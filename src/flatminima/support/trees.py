@@ -37,7 +37,7 @@ def to_device(
     duplicate: bool = False,
     move: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
-    """`data` with every tensor on `device`; the user's own containers are never changed.
+    """Return `data` with every tensor on `device`; the user's own containers are never changed.
 
     Tensors, nested tuples, named tuples, lists, mappings, dataclasses and objects with
     `.to(device)` are followed; anything else passes through. With `duplicate`, tensors that are
@@ -78,7 +78,7 @@ def to_device(
 
 
 def mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A model's output with `change(tensor)` in the place of every tensor.
+    """Return a model's output with `change(tensor)` in the place of every tensor.
 
     Tuples, named tuples, lists, mappings and dataclasses are followed, anything else passes.
     """
@@ -104,7 +104,7 @@ def mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _duplicated(data: Any) -> Any:
-    """An object of a class unknown here with copies of the tensors in it."""
+    """Return an object of a class unknown here with copies of the tensors in it."""
     twins: dict[int, Any] = {
         id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors_in(data)
     }
@@ -146,7 +146,7 @@ def _lengths(data: Any, lists: list[Any], *, top: bool = False) -> Iterator[int]
 
 
 def cut(data: Any, begin: int, end: int, length: int, *, top: bool = True) -> Any:
-    """Examples `begin` to `end` of a batch of `length`: a piece of every tensor within it.
+    """Return examples `begin` to `end` of a batch of `length`: a piece of every tensor within it.
 
     Tensors are cut along their first dimension, and so are lists with one item for each example;
     other lists, and the batch itself, are made of parts that are cut.
@@ -190,7 +190,7 @@ def cut(data: Any, begin: int, end: int, length: int, *, top: bool = True) -> An
 
 
 def same_tensors(first: Any, second: Any) -> bool:
-    """Whether two batches hold equal tensors, to be differentiated alike."""
+    """Return whether two batches hold equal tensors, to be differentiated alike."""
     ones, others = list(tensors_in(first)), list(tensors_in(second))
     return len(ones) == len(others) and all(
         a.requires_grad == b.requires_grad and same_values(a, b)
@@ -214,7 +214,7 @@ SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 
 
 def is_record(value: Any) -> bool:
-    """Whether what an object is lies in its attributes: no code, tensor, array or module."""
+    """Return whether what an object is lies in its attributes: no code, tensor, array or module."""
     if isinstance(value, (Tensor, nn.Module, functools.partial, *_CODE)):
         return False
     return hasattr(value, "__dict__")
@@ -282,7 +282,7 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
 
 
 def fingerprint(data: Any) -> int:
-    """A checksum of every tensor inside `data`."""
+    """Return a checksum of every tensor inside `data`."""
     check = 0
     for tensor in tensors_in(data):
         if tensor.layout != torch.strided or tensor.device.type == "meta":

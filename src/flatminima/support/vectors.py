@@ -38,7 +38,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Layout:
-        """The layout of these tensors.
+        """Return the layout of these tensors.
 
         The vector's dtype is the widest among theirs, float32 at least.
 
@@ -75,14 +75,14 @@ class Layout:
         return sum(self.sizes)
 
     def slices(self) -> Iterator[tuple[str, slice]]:
-        """Each name with its place in the vector."""
+        """Yield each name with its place in the vector."""
         start = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             yield name, slice(start, start + size)
             start += size
 
     def present(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Those of the tensors that are laid out here, in order.
+        """Return those of the tensors that are laid out here, in order.
 
         Raises:
             StateMismatchError: they are no longer of the shape, type or device that they had.
@@ -98,7 +98,7 @@ class Layout:
         return {name: named[name] for name in self.names}
 
     def mask(self, positions: Iterable[int]) -> Tensor:
-        """A vector (size,) of ones at the tensors in these positions, zeros elsewhere."""
+        """Return a vector (size,) of ones at the tensors in these positions, zeros elsewhere."""
         out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         places = [place for _, place in self.slices()]
         for position in positions:
@@ -106,7 +106,7 @@ class Layout:
         return out
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """One new vector (size,) from a tensor for each name; None counts as zeros."""
+        """Return one new vector (size,) from a tensor for each name; None counts as zeros."""
         parts = [
             torch.zeros(math.prod(shape), dtype=self.dtype, device=self.device)
             if tensor is None
@@ -124,7 +124,7 @@ class Layout:
         return [piece.to(dtype) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Views into `vector` (size,), shaped as the tensors, of the vector's dtype."""
+        """Return views into `vector` (size,), shaped as the tensors, of the vector's dtype."""
         pieces = torch.split(vector, list(self.sizes))
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
@@ -147,7 +147,7 @@ class Layout:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in it."""
+    """Return whether there is neither NaN nor infinity in it."""
     # The sum reads it once and writes nothing; that alone can overflow, too.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
@@ -239,7 +239,7 @@ class GaussianSubspace:
             )
 
     def expand(self, coordinates: Tensor) -> Tensor:
-        """A z, shape (n,), for `coordinates` z of shape (p,)."""
+        """Return a z, shape (n,), for `coordinates` z of shape (p,)."""
         z = coordinates.to(device=self.device, dtype=self.dtype)
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for rows, block in self._blocks():
@@ -247,14 +247,14 @@ class GaussianSubspace:
         return out
 
     def project(self, vector: Tensor) -> Tensor:
-        """Aᵀ v in float64 on the host, shape (p,), for `vector` v of shape (n,)."""
+        """Return Aᵀ v in float64 on the host, shape (p,), for `vector` v of shape (n,)."""
         total = torch.zeros(self.dimension, dtype=torch.float64)
         for rows, block in self._blocks():
             total += (block.to(self.dtype).T @ vector[rows]).double().cpu()
         return total
 
     def coordinates(self, vector: Tensor) -> Tensor:
-        """A⁺ v = (AᵀA)⁻¹ Aᵀ v in float64 on the host, shape (p,); a p × p solve."""
+        """Return A⁺ v = (AᵀA)⁻¹ Aᵀ v in float64 on the host, shape (p,); a p × p solve."""
         gram = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
         for _, block in self._blocks():
             wide = block.to(torch.float64) if block.device.type != "mps" else block

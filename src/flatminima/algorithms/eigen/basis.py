@@ -67,19 +67,19 @@ class Basis:
         return self.take(row) if self.narrow else vector.to(self.outer)
 
     def take(self, row: int) -> Tensor:
-        """A row, as the operator takes it."""
+        """Return a row, as the operator takes it."""
         vector = self.rows[row].to(self.outer).to(self.wide)
         return vector / self.scale if self.narrow else vector
 
     def first(self, count: int) -> Tensor:
-        """A copy of the first rows, of length one, as the operator takes them."""
+        """Return a copy of the first rows, of length one, as the operator takes them."""
         if not self.narrow:
             return self.rows[:count].to(self.outer, copy=True)
         rows = self.rows[:count].to(self.outer).to(self.wide)
         return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     def heights(self, count: int, vector: Tensor, *, begin: int = 0) -> Tensor:
-        """⟨row, vector⟩ for the rows from `begin` up to `count`, where the basis lies."""
+        """Return ⟨row, vector⟩ for the rows from `begin` up to `count`, where the basis lies."""
         if not self.narrow:
             return self.rows[begin:count] @ vector
         heights = torch.zeros(count - begin, dtype=self.wide, device=self.device)
@@ -98,7 +98,7 @@ class Basis:
         return rest
 
     def remainder(self, count: int, vector: Tensor, *, begin: int = 0) -> tuple[Tensor, Tensor]:
-        """`vector` less its part along the first `count` rows, taken away twice.
+        """Return `vector` less its part along the first `count` rows, taken away twice.
 
         The first time only along the rows from `begin` on, if it is orthogonal to the others but
         for rounding.
@@ -135,7 +135,7 @@ class Basis:
 
 
 def check_basis_device(call: str, device: torch.device | str) -> torch.device:
-    """The device where the basis of `call` is to lie, when it can."""
+    """Return the device where the basis of `call` is to lie, when it can."""
     found = check_device(call, device, "basis_device")
     if found.type == "meta":
         raise DeviceError(

@@ -153,7 +153,7 @@ def turned(gram: Floats, vectors: Floats) -> Floats:
 
 
 def times(one: Floats, other: Floats) -> Floats:
-    """The product, as in `eigh`."""
+    """Return the product, as in `eigh`."""
     return (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
 
 
@@ -175,7 +175,7 @@ def eigh(matrix: Floats) -> tuple[Floats, Floats]:
 
 
 def select(values: Floats, which: str, count: int, *, top: int | None = None) -> list[int]:
-    """Positions of the `count` values that `which` asks for, best first."""
+    """Return positions of the `count` values that `which` asks for, best first."""
     descending = [int(i) for i in np.argsort(-values, kind="stable")]
     if which == "LA":
         return descending[:count]

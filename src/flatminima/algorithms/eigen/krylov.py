@@ -103,7 +103,7 @@ class LanczosSteps:
         self.probe_steps = max(10, math.ceil(-2 * math.log10(tol)))
 
     def run(self) -> Steps[EigenResult]:
-        """The whole iteration."""
+        """Return the whole iteration."""
         probing, certain, checked = False, False, not self.basis.narrow
         start, tie, share = yield from self._first_start()
         chain = Chain(len(self.basis), len(self.values), share)
@@ -296,7 +296,7 @@ class LanczosSteps:
         return numbers, remainder
 
     def _kept(self, size: int) -> int:
-        """How many Ritz vectors of a full basis to go on with."""
+        """Return how many Ritz vectors of a full basis to go on with."""
         return min(size - 1, self.k + max(1, (size - self.k) // 2))
 
     def _nothing_missed(self, chain: Chain, ritz: Ritz) -> bool:
@@ -355,7 +355,7 @@ class LanczosSteps:
         return select(values, self.which, self.k, top=self.ends[0])
 
     def _order(self, ritz: Ritz) -> list[int]:
-        """All pairs: those wanted, then from both ends in turn.
+        """Return all pairs: those wanted, then from both ends in turn.
 
         At the far end large values would come up again after every restart, at the cost of
         products; kept, they stay found.

@@ -39,7 +39,7 @@ def lanczos(
     strict: bool = False,
     progress: bool = True,
 ) -> EigenResult:
-    """The k outermost eigenpairs of a symmetric operator.
+    """Return the k outermost eigenpairs of a symmetric operator.
 
     Thick-restart Lanczos (Wu and Simon 2000, doi:10.1137/S0895479898334605) with full
     reorthogonalisation done twice, the residual test at every step, and the projected problem in
@@ -172,7 +172,7 @@ def _check_count(k: object, which: str, n: int) -> int | tuple[int, int]:
 
 
 def _start_vectors(initial: object, operator: LinearOperator) -> Tensor:
-    """The vectors given as the columns of (n, m)."""
+    """Return the vectors given as the columns of (n, m)."""
     if isinstance(initial, EigenResult):
         if initial.eigenvectors is None:
             raise InvalidArgumentError(

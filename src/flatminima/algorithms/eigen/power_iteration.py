@@ -30,7 +30,7 @@ def power_iteration(
     strict: bool = False,
     progress: bool = True,
 ) -> EigenResult:
-    """The k eigenpairs of largest magnitude by power iteration, one after the other.
+    """Return the k eigenpairs of largest magnitude by power iteration, one after the other.
 
     Each iterate is kept orthogonal to the pairs already found; in the end the k vectors are
     rotated among themselves (Rayleigh–Ritz), which costs no further product. It is here as the

@@ -61,11 +61,11 @@ class EigenResult(Result):
         return self.outcome is Outcome.CONVERGED
 
     def without_vectors(self) -> EigenResult:
-        """The same result without its eigenvectors, for keeping or writing to a file."""
+        """Return the same result without its eigenvectors, for keeping or writing to a file."""
         return dataclasses.replace(self, eigenvectors=None)
 
     def part(self, which: Literal["LA", "SA"], count: int) -> EigenResult:
-        """The `count` largest ("LA") or smallest ("SA") of the pairs, best first.
+        """Return the `count` largest ("LA") or smallest ("SA") of the pairs, best first.
 
         The number of products remains that of the whole, and so does the outcome, but for residuals
         that only the inexactness of the products keeps above the tolerance: where none of these is
@@ -123,7 +123,7 @@ ROUNDING = 20
 
 
 def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:
-    """`tol` when products in `dtype` are exact enough to reach it."""
+    """Return `tol` when products in `dtype` are exact enough to reach it."""
     tol = check_positive(call, "tol", tol)
     least = ROUNDING * float(torch.finfo(dtype).eps)
     if tol < least:
@@ -154,7 +154,7 @@ def check_basis_type(call: str, dtype: torch.dtype, wide: torch.dtype, tol: floa
 
 
 def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> EigenResult:
-    """`result`, after warning (or raising, when `strict`) if residuals are above `bound`."""
+    """Return `result`, after warning (or raising, when `strict`) if residuals are above `bound`."""
     if result.converged:
         return result
     late = int((result.residuals > bound).sum())

@@ -107,7 +107,7 @@ def _gram(basis: Basis, count: int) -> Floats:
 
 
 def combined(vectors: Tensor) -> Tensor | None:
-    """A unit vector with an equal part along each column; None where they cancel."""
+    """Return a unit vector with an equal part along each column; None where they cancel."""
     total = torch.zeros_like(vectors[:, 0])
     for i in range(vectors.shape[1]):
         # The largest entry first: squares of small numbers vanish.

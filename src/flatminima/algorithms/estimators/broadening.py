@@ -22,7 +22,7 @@ ALONE = 0.01
 
 
 def on_axis(values: Tensor, scale: str, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Places on the axis and the sides of it, which are all alike on a linear scale.
+    """Return places on the axis and the sides of it, which are all alike on a linear scale.
 
     On a logarithmic one that is log₁₀ |value| and the sign, 0 for what is not `seen`.
     """
@@ -59,7 +59,7 @@ def gaussian(places: Tensor, signs: Tensor, nodes: Tensor, sides: Tensor, sigma:
 def default_sigma(
     nodes: Tensor, weights: Tensor, seen: Tensor, scale: str, resolution: float
 ) -> float:
-    """σ for the rows of nodes, as `spectral_density` describes it."""
+    """Return σ for the rows of nodes, as `spectral_density` describes it."""
     if scale == "linear":
         extent = float(nodes.max() - nodes.min())
         count = max(1, int((weights > 0).sum(dim=1).max()))

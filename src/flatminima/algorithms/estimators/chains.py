@@ -82,7 +82,7 @@ def gauss_quadrature(
 
 
 def _width(operator: LinearOperator, rows: int, device: torch.device) -> int:
-    """How many chains with so many vectors fit into half of the memory, one at least."""
+    """Return how many chains with so many vectors fit into half of the memory, one at least."""
     n = operator.shape[0]
     vector = n * torch.empty(0, dtype=operator.dtype).element_size()
     # Beside its basis, a chain has a vector, its product and the remainders on their way.
@@ -119,7 +119,7 @@ class _Chain:
         self.rounding = ROUNDING * float(torch.finfo(operator.dtype).eps)
 
     def step(self, product: Tensor) -> Tensor:
-        """Heights and norm of the remainder, on the device."""
+        """Return heights and norm of the remainder, on the device."""
         count = self.held + len(self.diagonal) + 1
         numbers, self.rest = self.basis.remainder(count, product.to(self.basis.device))
         return numbers

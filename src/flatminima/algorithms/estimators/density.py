@@ -102,7 +102,7 @@ class SpectralDensity(Result):
     # ------------------------------------------------------------------------------ density
 
     def density(self, points: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
-        """φ at the points, and its standard error from probe to probe.
+        """Return φ at the points, and its standard error from probe to probe.
 
         φ(t) = (1/n) Σᵢ N(t; μᵢ, σ²) + (1 − m/n) Σⱼ wⱼ N(t; λⱼ, σ²), the mean over the probes;
         μ are the eigenvalues taken out, λ and w nodes and weights. With `scale="log"` the same
@@ -161,7 +161,7 @@ class SpectralDensity(Result):
         return spread(rows)
 
     def rescaled(self, *, scale: Scale = "linear", sigma: float | None = None) -> SpectralDensity:
-        """The same nodes drawn on another scale, or more or less blurred.
+        """Return the same nodes drawn on another scale, or more or less blurred.
 
         Args:
             scale: as in `spectral_density`.
@@ -182,7 +182,7 @@ class SpectralDensity(Result):
     # ----------------------------------------------------------------------- sums over all
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """Tr f(A) = Σ f(λᵢ) over all n eigenvalues.
+        """Return tr f(A) = Σ f(λᵢ) over all n eigenvalues.
 
         Exact for polynomials of degree below 2 `steps`, but for the chance of the probes, which
         the standard error tells. Other functions are seen through such a polynomial.
@@ -200,18 +200,18 @@ class SpectralDensity(Result):
         return mean_and_error(self._samples(function))
 
     def mean(self) -> Estimate:
-        """The mean eigenvalue, tr A / n.
+        """Return the mean eigenvalue, tr A / n.
 
         Like the trace, it says how much random noise on all parameters raises the loss.
         """
         return _over(self.sum(lambda values: values), self.size)
 
     def second_moment(self) -> Estimate:
-        """The mean of the squared eigenvalues, ‖A‖_F² / n."""
+        """Return the mean of the squared eigenvalues, ‖A‖_F² / n."""
         return _over(self.sum(torch.square), self.size)
 
     def frobenius_norm(self) -> Estimate:
-        """‖A‖_F = √Σ λᵢ², the size of all curvature together, signs aside.
+        """Return ‖A‖_F = √Σ λᵢ², the size of all curvature together, signs aside.
 
         Of two Hessians it measures the distance when it is taken of their difference; by itself
         it bounds every eigenvalue. Its standard error is that of the square, to first order.
@@ -221,7 +221,7 @@ class SpectralDensity(Result):
         return Estimate(norm, square.standard_error / (2 * norm) if norm > 0 else 0.0)
 
     def stable_rank(self) -> Estimate:
-        """‖A‖_F² / ‖A‖₂²: how many directions carry the curvature, counted by their share.
+        """Return ‖A‖_F² / ‖A‖₂²: how many directions carry the curvature, counted by their share.
 
         It is at most the rank, and unlike that does not count directions that are as good as
         flat. ‖A‖₂ is the largest |Ritz value|, which a few steps find. It is 0 for A = 0.
@@ -232,7 +232,7 @@ class SpectralDensity(Result):
         return self.sum(lambda values: (values / top) ** 2)
 
     def effective_dimension(self, tau: float) -> Estimate:
-        """Σ λᵢ / (λᵢ + τ): how many parameters the data determine.
+        """Return Σ λᵢ / (λᵢ + τ): how many parameters the data determine.
 
         MacKay's number of well-determined parameters γ (1992,
         [doi:10.1162/neco.1992.4.3.448](https://doi.org/10.1162/neco.1992.4.3.448)); Maddox et al.
@@ -255,7 +255,7 @@ class SpectralDensity(Result):
         return self.sum(lambda values: values / (values + tau))
 
     def negative_mass(self, threshold: float | None = None) -> Estimate:
-        """The share of eigenvalues below −threshold: how far from a minimum this is.
+        """Return the share of eigenvalues below −threshold: how far from a minimum this is.
 
         It is the index of a critical point, divided by n (Dauphin et al. 2014,
         [arXiv:1406.2572](https://arxiv.org/abs/1406.2572)), and falls while a net is trained
@@ -288,7 +288,7 @@ class SpectralDensity(Result):
         return Estimate(found.value, math.hypot(found.standard_error, slack))
 
     def log_determinant(self, shift: float) -> Estimate:
-        """Log det(A + τ I), for as many shifts τ as one likes.
+        """Return log det(A + τ I), for as many shifts τ as one likes.
 
         [`log_determinant`][flatminima.log_determinant] also estimates the error of the quadrature
         itself.
@@ -306,7 +306,7 @@ class SpectralDensity(Result):
         return self.sum(lambda values: (values + shift).log())
 
     def unplaced_mass(self) -> Estimate:
-        """The share of eigenvalues that a logarithmic scale has no place for.
+        """Return the share of eigenvalues that a logarithmic scale has no place for.
 
         They are within `resolution` of zero, or belong to nodes next to zero whose weight stands
         for eigenvalues of unknown magnitude: more steps place more of them.
@@ -357,7 +357,7 @@ class SpectralDensity(Result):
 def on_scale(
     call: str, density: SpectralDensity, scale: str, sigma: float | None
 ) -> SpectralDensity:
-    """The same nodes, drawn on this scale; `call` is named in errors."""
+    """Return the same nodes, drawn on this scale; `call` is named in errors."""
     check_choice(call, "scale", scale, ("linear", "log"))
     if sigma is not None:
         chosen = check_positive(call, "sigma", sigma)

@@ -139,7 +139,7 @@ def diagonal(
     seed: Seed = 0,
     progress: bool = True,
 ) -> DiagonalResult:
-    """The diagonal from products with random vectors, each entry with its standard error.
+    """Return the diagonal from products with random vectors, each entry with its standard error.
 
     - "hutchinson": the mean of z ∘ A z over Rademacher vectors z (Bekas, Kokiopoulou and Saad
       2007, doi:10.1016/j.apnum.2007.01.003). The variance of entry i is Σ_{j≠i} A_ij² / products.
@@ -252,7 +252,7 @@ def _estimates(
     generator: torch.Generator,
     step: Callable[[int], object],
 ) -> Iterator[_Estimate]:
-    """An estimate for each look at the error, each from all products so far."""
+    """Yield an estimate for each look at the error, each from all products so far."""
     n = operator.shape[0]
     if method == "exact":
         yield _exact(diagonal_by_unit_vectors(operator, step))
@@ -283,7 +283,7 @@ def _hutchinson(
     generator: torch.Generator,
     step: Callable[[int], object],
 ) -> Iterator[_Estimate]:
-    """The mean of z ∘ A z over Rademacher vectors z, and the spread of its entries."""
+    """Yield the mean of z ∘ A z over Rademacher vectors z, and the spread of its entries."""
     n, dtype, device = operator.shape[0], operator.dtype, operator.device
     mean = torch.zeros(n, dtype=dtype, device=device)
     squares = torch.zeros_like(mean)
@@ -312,7 +312,7 @@ def _xdiag(
     generator: torch.Generator,
     step: Callable[[int], object],
 ) -> Iterator[_Estimate]:
-    """Half of the products for a sketch, half for its images."""
+    """Yield half of the products for a sketch, half for its images."""
     sketch = Sketch(operator, generator, signs=True, keep=True, step=step)
     for count in counts:
         sketch.extend(count // 2 - sketch.columns)

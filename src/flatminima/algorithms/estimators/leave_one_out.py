@@ -62,18 +62,18 @@ class _Second:
         self.present = directions.square().sum(dim=0)[:, None].expand_as(self.overlap)
 
     def height(self, vectors: Tensor) -> Tensor:
-        """uⱼᵢ · vᵢ for the columns of `vectors`, shape (t, t)."""
+        """Return uⱼᵢ · vᵢ for the columns of `vectors`, shape (t, t)."""
         return (self._s.T @ vectors - self.overlap * _dots(self._s, vectors)) / self.length
 
     def form(self, matrix: Tensor) -> Tensor:
-        """uⱼᵢᵀ M uⱼᵢ for a symmetric M, shape (t, t)."""
+        """Return uⱼᵢᵀ M uⱼᵢ for a symmetric M, shape (t, t)."""
         both = self._s.T @ matrix @ self._s
         own = both.diagonal()
         return (own[:, None] - 2 * self.overlap * both + self.overlap**2 * own) / self.length**2
 
 
 def _excess(samples: Tensor, differences: Tensor) -> float:
-    """√(1 + covariance / variance of the mean), from dᵢⱼ in row j and column i."""
+    """Return √(1 + covariance / variance of the mean), from dᵢⱼ in row j and column i."""
     count = len(samples)
     differences = differences.clone().fill_diagonal_(0)
     covariance = float((differences * differences.T).sum()) / (count * (count - 1))
@@ -82,7 +82,7 @@ def _excess(samples: Tensor, differences: Tensor) -> float:
 
 
 def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
-    """The same for the traces of diagonal blocks of these sizes, shape (t, blocks).
+    """Return the same for the traces of diagonal blocks of these sizes, shape (t, blocks).
 
     With P = Qᵢ Qᵢᵀ the diagonal of A is that of P A + A P − P A P, which is known, and that of
     (I − P) A (I − P), of which x ∘ (I − P) A x is an estimate. The blocks add up to `xtrace`.
@@ -114,7 +114,7 @@ def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
 
 
 def deflated_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
-    """Traces of the diagonal blocks of A − (I − Q Qᵀ) A (I − Q Qᵀ), shape (blocks,)."""
+    """Return the traces of the diagonal blocks of A − (I − Q Qᵀ) A (I − Q Qᵀ), shape (blocks,)."""
     factor = sketch.compressed.to(sketch.basis.device, _wide(sketch))
     parts = []
     for strip in _pieces(sketch, sizes):
@@ -182,7 +182,7 @@ def _part(rows: Tensor, strip: slice, dtype: torch.dtype) -> Tensor:
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """⟨column, column⟩."""
+    """Return ⟨column, column⟩."""
     return (left * right).sum(dim=0)
 
 
@@ -191,7 +191,7 @@ def _wide(sketch: Sketch) -> torch.dtype:
 
 
 def _pieces(sketch: Sketch, sizes: tuple[int, ...]) -> list[slice]:
-    """The blocks, cut where one is too large to be worked on at once."""
+    """Return the blocks, cut where one is too large to be worked on at once."""
     width = max(1, STRIP // max(1, sketch.columns))
     pieces, start = [], 0
     for size in sizes:
@@ -204,7 +204,7 @@ def _pieces(sketch: Sketch, sizes: tuple[int, ...]) -> list[slice]:
 
 
 def _assembled(parts: list[Tensor], sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
-    """The sums over the pieces of each block, shape (t, blocks), float64 on the host."""
+    """Return the sums over the pieces of each block, shape (t, blocks), float64 on the host."""
     width = max(1, STRIP // max(1, sketch.columns))
     owners = [block for block, size in enumerate(sizes) for _ in range(-(-size // width))]
     table = torch.stack(parts, dim=1).cpu().double()

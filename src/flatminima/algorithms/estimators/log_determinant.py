@@ -77,7 +77,7 @@ def log_determinant(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LogDeterminantResult:
-    """Log det(A + τ I), by the quadrature of `spectral_density`.
+    """Return log det(A + τ I), by the quadrature of `spectral_density`.
 
     Log det = tr log(A + τ I) = Σ log(λᵢ + τ), the sum over the eigenvalues taken out and, for
     the others, n − m times the mean of Σⱼ wⱼ log(λⱼ + τ) over the random vectors (Ubaru, Chen and

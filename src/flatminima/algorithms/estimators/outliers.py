@@ -84,7 +84,7 @@ def take_out(
 
 
 def _vectors(call: str, operator: LinearOperator, pairs: EigenResult) -> Tensor:
-    """The eigenvectors as rows, as the operator takes them."""
+    """Return the eigenvectors as rows, as the operator takes them."""
     if pairs.eigenvectors is None:
         raise InvalidArgumentError(
             f"The 'outliers' argument of {call} is a result whose eigenvectors were dropped; give "

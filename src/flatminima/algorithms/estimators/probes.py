@@ -26,14 +26,14 @@ BLOCK_BYTES = 2**28
 
 
 def blocks(operator: LinearOperator, count: int) -> Iterator[slice]:
-    """Slices of `count` vectors that take `BLOCK_BYTES` at most, or are one vector."""
+    """Yield slices of `count` vectors that take `BLOCK_BYTES` at most, or are one vector."""
     width = max(1, BLOCK_BYTES // (operator.shape[0] * operator.dtype.itemsize))
     for start in range(0, count, width):
         yield slice(start, min(start + width, count))
 
 
 def products_of(operator: LinearOperator, rows: Tensor, step: Callable[[int], object]) -> Tensor:
-    """The products with the rows (k, n), block by block; each block is told to `step`.
+    """Return the products with the rows (k, n), block by block; each block is told to `step`.
 
     Raises:
         NonFiniteError: a product holds NaN or infinity.
@@ -61,7 +61,7 @@ def t_factor(samples: int) -> float:
 
 
 def spread(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error of the samples along the first axis, in float64.
+    """Return mean and standard error of the samples along the first axis, in float64.
 
     A single sample is exact. The standard error is widened by `t_factor`.
     """
@@ -80,7 +80,7 @@ def deflated_samples(
     step: Callable[[int], object],
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Samples of the traces of diagonal blocks by Rademacher vectors g (Hutchinson 1989).
+    """Return samples of the traces of diagonal blocks by Rademacher vectors g (Hutchinson 1989).
 
     Args:
         operator: A.
@@ -113,7 +113,7 @@ def deflated_samples(
 
 
 def diagonal_by_unit_vectors(operator: LinearOperator, step: Callable[[int], object]) -> Tensor:
-    """The diagonal, shape (n,), from n products.
+    """Return the diagonal, shape (n,), from n products.
 
     Raises:
         NonFiniteError: a product holds NaN or infinity.

@@ -76,7 +76,7 @@ class Quadrature:
     notes: tuple[str, ...]
 
     def rules(self, steps: int | None = None) -> tuple[Tensor, Tensor]:
-        """Nodes and weights, each (probes, steps), in float64 on the host.
+        """Return nodes and weights, each (probes, steps), in float64 on the host.
 
         Rules that are shorter than others are filled up with their last node at weight 0.
         """
@@ -101,7 +101,7 @@ class Quadrature:
         return float(torch.cat([self.rules()[0].flatten(), self.atoms]).min())
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
-        """Tr f(A) = Σ f(λᵢ) over all n eigenvalues, with its standard error.
+        """Return tr f(A) = Σ f(λᵢ) over all n eigenvalues, with its standard error.
 
         Args:
             function: f, of a tensor in float64, element by element.
@@ -109,11 +109,11 @@ class Quadrature:
         return mean_and_error(self.samples(function))
 
     def samples(self, function: Callable[[Tensor], Tensor], steps: int | None = None) -> Tensor:
-        """What each random vector says of tr f(A), shape (probes,)."""
+        """Return what each random vector says of tr f(A), shape (probes,)."""
         return spectral_samples(*self.rules(steps), self.atoms, self.size, function)
 
     def truncation(self, function: Callable[[Tensor], Tensor]) -> float:
-        """How far `sum` may be off because the chains are no longer than they are.
+        """Return how far `sum` may be off because the chains are no longer than they are.
 
         From what the last third of the steps still changed, d, and the rate ρ at which such
         changes become smaller from third to third: d √ρ / (1 − √ρ). Were the next ones to fall
@@ -138,7 +138,7 @@ class Quadrature:
 
 
 def truncation_notes(truncation: float, error: float) -> tuple[str, ...]:
-    """What to say where the quadrature's own error exceeds the standard error."""
+    """Return what to say where the quadrature's own error exceeds the standard error."""
     if truncation <= error:
         return ()
     size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
@@ -155,13 +155,13 @@ def spectral_samples(
     size: int,
     function: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """What each row of nodes says of tr f(A), shape (probes,)."""
+    """Return what each row of nodes says of tr f(A), shape (probes,)."""
     rest = (weights * function(nodes)).sum(dim=1)
     return function(atoms).sum() + (size - len(atoms)) * rest
 
 
 def mean_and_error(samples: Tensor) -> Estimate:
-    """Mean of the samples, (probes,), and its standard error, widened by Student's t."""
+    """Return mean of the samples, (probes,), and its standard error, widened by Student's t."""
     mean, error = spread(samples)
     return Estimate(float(mean), float(error))
 
@@ -169,7 +169,7 @@ def mean_and_error(samples: Tensor) -> Estimate:
 def share_below(
     nodes: Tensor, weights: Tensor, complete: Sequence[bool], threshold: float
 ) -> tuple[Tensor, float]:
-    """The share of each row's measure below the threshold, and the mean width of its bounds.
+    """Return the share of each row's measure below the threshold, and the mean width of its bounds.
 
     With nodes in ascending order and k of them below the threshold, the share lies between the
     sum of the first k − 1 weights and that of k + 1 (Chebyshev, Markov, Stieltjes); it is

@@ -146,13 +146,13 @@ class Sketch:
         return torch.nn.functional.normalize(draw.to(device), dim=1).mul_(n**0.5)
 
     def project(self, rows: Tensor) -> Tensor:
-        """(I − Q Qᵀ) applied to each row; a new tensor."""
+        """Return (I − Q Qᵀ) applied to each row; a new tensor."""
         out = rows.clone()
         subtract(out, gram(self.basis, rows), self.basis)
         return out
 
     def left_out(self) -> Tensor:
-        """S, shape (r, t): Q Sᵢ is the direction that Q would lack without column i of Ω.
+        """Return S, shape (r, t): Q Sᵢ is the direction that Q would lack without column i of Ω.
 
         Its columns are of length one, or zero where the other columns span the same space. They
         are those of R⁻ᵀ, normalised (Epperly, Tropp and Webber 2024, section 2.1).
@@ -175,7 +175,7 @@ class Sketch:
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    """⟨row, row⟩ for the rows of two matrices (a, n) and (b, n), float64 on the host."""
+    """Return ⟨row, row⟩ for the rows of two matrices (a, n) and (b, n), float64 on the host."""
     total = torch.zeros(len(left), len(right), dtype=_wide(left), device=left.device)
     for strip in _strips(left, right):
         total += left[:, strip].to(total.dtype) @ right[:, strip].to(total.dtype).T
@@ -190,14 +190,14 @@ def subtract(rows: Tensor, coefficients: Tensor, basis: Tensor) -> None:
 
 
 def combine(coefficients: Tensor, rows: Tensor) -> Tensor:
-    """Coefficients @ rows, shapes (a, k) and (k, n)."""
+    """Return coefficients @ rows, shapes (a, k) and (k, n)."""
     out = rows.new_zeros(len(coefficients), rows.shape[1])
     subtract(out, -coefficients.T, rows)
     return out
 
 
 def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that are orthonormal, and R with the given ones as Rᵀ times them, on the host."""
+    """Return rows that are orthonormal, and R with the given ones as Rᵀ times them, on the host."""
     # Householder's reflections, which need no well-conditioned rows; MPS does not have them.
     there = rows.cpu() if rows.device.type == "mps" else rows
     columns, triangle = torch.linalg.qr(there.T)
@@ -215,7 +215,7 @@ def _wide(like: Tensor) -> torch.dtype:
 
 
 def _join(one: Tensor, two: Tensor, three: Tensor, four: Tensor) -> Tensor:
-    """[[one, two], [three, four]]."""
+    """Return [[one, two], [three, four]]."""
     return torch.cat([torch.cat([one, two], dim=1), torch.cat([three, four], dim=1)])
 
 

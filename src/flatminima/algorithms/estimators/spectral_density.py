@@ -30,7 +30,7 @@ def spectral_density(
     seed: Seed = 0,
     progress: bool = True,
 ) -> SpectralDensity:
-    """The density of all eigenvalues, by stochastic Lanczos quadrature.
+    """Return the density of all eigenvalues, by stochastic Lanczos quadrature.
 
     From each of several random vectors, uniform on the unit sphere, a chain of Lanczos vectors
     with full reorthogonalisation done twice. Its Ritz values and the squared first components of

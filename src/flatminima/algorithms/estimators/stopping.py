@@ -57,7 +57,7 @@ def looks(
 
 
 def check_rtol(call: str, rtol: float | None) -> float | None:
-    """`rtol` when it says something: from one on, the sign is not even known."""
+    """Return `rtol` when it says something: from one on, the sign is not even known."""
     if rtol is None:
         return None
     checked = check_positive(call, "rtol", rtol)
@@ -70,7 +70,7 @@ def check_rtol(call: str, rtol: float | None) -> float | None:
 
 
 def settled(value: float, standard_error: float, samples: int, rtol: float) -> bool:
-    """Whether the error is small enough beside the smallest size that the value may have.
+    """Return whether the error is small enough beside the smallest size that the value may have.
 
     A standard error from few samples may be small by chance, so its upper confidence limit by the
     χ² distribution takes its place, U. The value may be large by chance, so it counts with 2 U
@@ -87,7 +87,7 @@ def settled(value: float, standard_error: float, samples: int, rtol: float) -> b
 
 
 def ended(*, exact: bool, done: bool, rtol: float | None) -> Outcome:
-    """How an estimate ended: `done` says whether the last look was good enough."""
+    """Return how an estimate ended: `done` says whether the last look was good enough."""
     if exact:
         return Outcome.EXACT
     if rtol is None:
@@ -113,7 +113,7 @@ def conclude(
     unit: str = "products",
     strict: bool,
 ) -> R:
-    """`result`, after warning (or raising, when `strict`) if it stayed above `rtol`."""
+    """Return `result`, after warning (or raising, when `strict`) if it stayed above `rtol`."""
     if result.outcome is not Outcome.ABOVE_RTOL:
         return result
     message = (

@@ -42,7 +42,7 @@ class _Estimate:
     rounding: float = 0.0
 
     def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard error of what has been sampled along the first axis."""
+        """Return mean and standard error of what has been sampled along the first axis."""
         mean, error = spread(samples)
         return mean, torch.hypot(error * self.excess, torch.tensor(self.rounding).double())
 
@@ -71,7 +71,7 @@ class _Probing:
         return _Estimate("exact", blocks.sum(dim=1), blocks)
 
     def deflated(self, counts: Iterator[int], sketch: Sketch | None) -> Iterator[_Estimate]:
-        """Hutchinson's estimator of what lies outside of the sketch, and the rest exactly."""
+        """Yield Hutchinson's estimator of what lies outside of the sketch, and the rest exactly."""
         known, total, rounding = torch.zeros(1), torch.zeros(1), 0.0
         project, method = None, "hutchinson"
         if sketch is not None and sketch.columns:
@@ -128,7 +128,7 @@ def trace(
     seed: Seed = 0,
     progress: bool = True,
 ) -> TraceResult:
-    """The trace from products with random vectors, with its standard error.
+    """Return the trace from products with random vectors, with its standard error.
 
     - "hutchinson": the mean of zᵀ A z over Rademacher vectors z (Hutchinson 1989), with variance
       2 (‖A‖_F² − Σ A_ii²) / products. It keeps no vectors.
@@ -234,7 +234,7 @@ def trace(
 def _estimates(
     probing: _Probing, method: str, limit: int, rtol: float | None
 ) -> Iterator[_Estimate]:
-    """An estimate for each look at the error, each from all products so far."""
+    """Yield an estimate for each look at the error, each from all products so far."""
     operator = probing.operator
     n = operator.shape[0]
     asked = method == "auto" and operator.knows_diagonal
@@ -269,7 +269,7 @@ def _estimates(
 def _blocks(
     layout: Layout | None, estimate: _Estimate
 ) -> tuple[tuple[BlockTrace, ...], tuple[BlockTrace, ...]]:
-    """The traces of the tensors and of the modules that own them."""
+    """Return the traces of the tensors and of the modules that own them."""
     if layout is None:
         return (), ()
     owners: dict[str, list[int]] = {}

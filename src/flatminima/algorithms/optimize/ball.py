@@ -116,7 +116,7 @@ def maximize_over_ball(
     outcome, unbounded = Outcome.NO_ASCENT, not math.isfinite(start + first_order)
 
     def evaluated(u: Tensor, last: bool) -> tuple[float, float, Tensor]:
-        """The value at u, and the slope there unless it is the last point of a start."""
+        """Return the value at u, and the slope there unless it is the last point of a start."""
         nonlocal best_value, best_point, gradients, losses, unbounded
         slope, direction = 0.0, center
         if last and value_only is not None:
@@ -199,7 +199,7 @@ class _Ball:
         self.round = norm == 2
 
     def displacement(self, u: Tensor) -> Tensor:
-        """δ at u, a new tensor."""
+        """Return δ at u, a new tensor."""
         return u * self.radius if self.scale is None else (u * self.scale).mul_(self.radius)
 
     def slope(self, gradient: Tensor) -> tuple[float, Tensor]:
@@ -215,11 +215,11 @@ class _Ball:
         return self.radius * height, gradient.div_(largest) if height > 0 else gradient
 
     def dual(self, direction: Tensor) -> float:
-        """The dual norm, ‖·‖₂ or ‖·‖₁."""
+        """Return the dual norm, ‖·‖₂ or ‖·‖₁."""
         return float(torch.linalg.vector_norm(direction, 2 if self.round else 1))
 
     def model_maximizer(self, u: Tensor, up: Tensor, curvature: float) -> Tensor:
-        """The v of the ball with the largest up · (v − u) + curvature ‖v − u‖² / 2."""
+        """Return the v of the ball with the largest up · (v − u) + curvature ‖v − u‖² / 2."""
         curvature = max(curvature, -EXTREME)
         unit = max(1.0, -curvature)
         inside = -curvature / unit
@@ -230,7 +230,7 @@ class _Ball:
         return v.clamp_(-inside, inside).div_(inside) if inside > 1 / EXTREME else v.sign_()
 
     def random_point(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """A point of the boundary, with zeros where the scale is zero."""
+        """Return a point of the boundary, with zeros where the scale is zero."""
         device = generator.device
         if self.round:
             v = torch.randn(len(like), generator=generator, dtype=like.dtype, device=device)
@@ -244,5 +244,5 @@ class _Ball:
 
 
 def _dots(*pairs: tuple[Tensor, Tensor]) -> list[float]:
-    """Inner products, brought to the host together."""
+    """Return inner products, brought to the host together."""
     return [float(x) for x in torch.stack([a @ b for a, b in pairs]).tolist()]

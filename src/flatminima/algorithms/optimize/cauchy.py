@@ -90,7 +90,7 @@ class ProjectedPath:
         self.last = float(torch.finfo(times.dtype).max)
 
     def first_minimiser(self, energy: float, slope: Tensor) -> CauchyPoint:
-        """The first local minimiser from x, where dᵀd is `energy` and Wᵀd is `slope`."""
+        """Return the first local minimiser from x, where dᵀd is `energy` and Wᵀd is `slope`."""
         self.least = float(torch.finfo(torch.float64).eps) * self.theta * energy
         place = _Place(0.0, energy, slope, torch.zeros_like(slope))
         for cut in self._cuts(place):
@@ -114,7 +114,7 @@ class ProjectedPath:
     def _derivatives(
         self, time: Tensor, energy: Tensor, slope: Tensor, stopped: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """First and second derivative right of `time`."""
+        """Return the first and second derivative right of `time`."""
         bent = self.middle @ slope
         along = (slope * bent).sum(0)
         first = (self.theta * time - 1) * energy - time * along - (stopped * bent).sum(0)
@@ -155,7 +155,7 @@ class ProjectedPath:
         return place, False
 
     def _between(self, low: float, high: float) -> Tensor:
-        """The indices of the breakpoints in (low, high]."""
+        """Return the indices of the breakpoints in (low, high]."""
         found = []
         for part in self.chunks:
             times, (inside, late, *_) = self.times[part], self.chunks.room(part)

@@ -50,24 +50,24 @@ class Chunks:
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """The type in which sums are added up on a device."""
+    """Return the type in which sums are added up on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def summed(parts: list[Tensor]) -> Tensor:
-    """The sum of tensors of one shape, as a vector."""
+    """Return the sum of tensors of one shape, as a vector."""
     stack = torch.stack(parts)
     return stack.sum(0, dtype=accumulator(stack.device)).flatten()
 
 
 def inner_products(rows: Tensor, vectors: Tensor) -> Tensor:
-    """`rows` @ `vectors`ᵀ for few and long rows of both."""
+    """Return `rows` @ `vectors`ᵀ for few and long rows of both."""
     # BLAS is slower by far with sixteen rows or more.
     return torch.cat([block @ vectors.T for block in torch.split(rows, 10)])
 
 
 def places(marks: Tensor) -> Tensor:
-    """Where `marks`, of zeros and ones, is one; fast where that is rare."""
+    """Return where `marks`, of zeros and ones, is one; fast where that is rare."""
     size = len(marks) // GROUP * GROUP
     groups = marks[:size].view(-1, GROUP).amax(1).nonzero()
     if len(groups) > size // GROUP // 8:

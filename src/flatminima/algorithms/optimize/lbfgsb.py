@@ -123,14 +123,14 @@ class LBFGSB:
         return None
 
     def _trial(self, step: float, slot: int) -> Tensor:
-        """The point at a step from `point` (0) towards the aim (1) or beyond."""
+        """Return the point at a step from `point` (0) towards the aim (1) or beyond."""
         if step == 1:
             return self._work
         room = self._pairs.columns[slot, 1]
         return torch.lerp(self.point, self._work, step, out=room).clamp_(-1, 1)
 
     def _slope(self, gradient: Tensor) -> float:
-        """The slope that a gradient has towards the aim."""
+        """Return the slope that a gradient has towards the aim."""
         parts = []
         for part in self._chunks:
             way = torch.sub(self._work[part], self.point[part], out=self._chunks.room(part)[0])
@@ -138,7 +138,7 @@ class LBFGSB:
         return float(summed(parts))
 
     def _longest_step(self) -> float:
-        """How far the box reaches towards the aim and beyond, in units of the way to it."""
+        """Return how far the box reaches towards the aim and beyond, in units of the way to it."""
         shares = []
         for part in self._chunks:
             point = self.point[part]
@@ -234,7 +234,7 @@ class LBFGSB:
             self._pairs.free.add_(summed(changes).view(len(rows), -1).cpu())
 
     def _newton(self, part: slice, coefficients: Tensor | None, out: Tensor) -> Tensor:
-        """The minimiser of the model over the free variables as if there were no bounds."""
+        """Return the minimiser of the model over the free variables as if there were no bounds."""
         point, gradient = self.point[part], self._gradient[part]
         torch.sub(point, gradient, alpha=1 / self._pairs.theta, out=out)
         if coefficients is not None:
@@ -283,6 +283,6 @@ class LBFGSB:
 
 
 def _shares(point: Tensor, step: Tensor) -> Tensor:
-    """What share a step is, upwards from zero, of the way to the bound that it leads to."""
+    """Return what share a step is, upwards from zero, of the way to the bound that it leads to."""
     room = step.sign().sub_(point)
     return torch.div(step, room, out=room).nan_to_num_(0.0, posinf=math.inf)

@@ -23,7 +23,7 @@ class _Trial:
     slope: float
 
     def tilted(self, slope: float) -> _Trial:
-        """The same of the function minus a line of that slope."""
+        """Return the same of the function minus a line of that slope."""
         return _Trial(self.step, self.value - self.step * slope, self.slope - slope)
 
 
@@ -77,7 +77,7 @@ class LineSearch:
         return False
 
     def _exhausted(self, step: float) -> bool:
-        """Whether the interval is too narrow to go on."""
+        """Return whether the interval is too narrow to go on."""
         if not self._bracketed:
             return False
         width = self._high - self._low
@@ -100,7 +100,7 @@ class LineSearch:
         self.step = best if self._exhausted(step) else step
 
     def _narrowed(self, best: _Trial, other: _Trial, trial: _Trial) -> tuple[_Trial, _Trial, float]:
-        """The interval with `trial` taken in, and the next step (MINPACK-2's `dcstep`)."""
+        """Return the interval with `trial` taken in, and the next step (MINPACK-2's `dcstep`)."""
         towards = trial.step - best.step
         turned = trial.slope * math.copysign(1.0, best.slope) < 0
         if trial.value > best.value:
@@ -128,7 +128,7 @@ class LineSearch:
         return trial, best if turned else other, step
 
     def _along_falling_slope(self, best: _Trial, other: _Trial, trial: _Trial) -> float:
-        """The next step after a lower value with a smaller slope of the same sign."""
+        """Return the next step after a lower value with a smaller slope of the same sign."""
         forward = trial.step > best.step
         secant = trial.step + trial.slope / (trial.slope - best.slope) * (best.step - trial.step)
         cubic = _cubic(trial, best, beyond=(self._low, self._high))
@@ -141,7 +141,7 @@ class LineSearch:
 
 
 def _cubic(a: _Trial, b: _Trial, beyond: tuple[float, float] | None = None) -> float:
-    """The minimiser of the cubic with the values and slopes of a and b.
+    """Return the minimiser of the cubic with the values and slopes of a and b.
 
     With `beyond` it is wanted on the far side of a, seen from b; where the cubic has none there,
     the end of that interval on this side stands for it.

@@ -62,7 +62,7 @@ class Pairs:
         self.theta = 1.0
 
     def open(self) -> int:
-        """The slot for the next pair; where all are taken, the oldest pair is dropped."""
+        """Return the slot for the next pair; where all are taken, the oldest pair is dropped."""
         empty = set(range(len(self.columns))).difference(self._order)
         slot = min(empty) if empty else self._order.pop(0)
         self._used = max(self._used, slot + 1)
@@ -92,7 +92,7 @@ class Pairs:
         return self._form_middle()
 
     def _form_middle(self) -> bool:
-        """M from θ and the inner products; False where it does not exist."""
+        """Return M from θ and the inner products; False where it does not exist."""
         order = torch.tensor(self._order, dtype=torch.long)
         sy, ss = self._sy[order][:, order], self._ss[order][:, order]
         lower, diagonal = sy.tril(-1), sy.diagonal()
@@ -112,7 +112,7 @@ class Pairs:
         return True
 
     def newton_step(self, reduced: Tensor) -> Tensor | None:
-        """The v of the Newton step −B_F⁻¹ r = (−r + W_F v / θ) / θ over the free variables.
+        """Return the v of the Newton step −B_F⁻¹ r = (−r + W_F v / θ) / θ over the free variables.
 
         B_F⁻¹ = I/θ + W_F (M⁻¹ − W_Fᵀ W_F / θ)⁻¹ W_Fᵀ / θ² by Sherman, Morrison and Woodbury. The
         matrix in brackets is indefinite, with one block of each sign, and is factored as such

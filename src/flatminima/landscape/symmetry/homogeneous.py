@@ -105,7 +105,7 @@ class Channels:
     features: int = 0
 
     def spread(self, factors: Tensor) -> Tensor:
-        """One factor for each feature of the layer that reads the value."""
+        """Return one factor for each feature of the layer that reads the value."""
         times = self.features // self.count
         return factors.repeat(times) if self.order == "apart" else factors.repeat_interleave(times)
 
@@ -142,14 +142,14 @@ class Paths:
         return self._order.get(name, math.inf)
 
     def route(self, name: str) -> Route:
-        """Where what the layer gives ends up."""
+        """Return where what the layer gives ends up."""
         try:
             return self._route(name)
         except Stop as stop:
             return Route(stop=stop.reason, structural=stop.structural or self._is_last(name))
 
     def _is_last(self, name: str) -> bool:
-        """Whether nothing with parameters works on what the layer gives."""
+        """Return whether nothing with parameters works on what the layer gives."""
         seen = set(self._calls.get(name, ()))
         stack = list(seen)
         while stack:
@@ -219,7 +219,7 @@ class Paths:
             raise Stop(f"{name!r} has a forward hook, which may change what it gives")
 
     def _sink(self, name: str, channels: Channels | None) -> Channels | None:
-        """The features of a layer that is to be divided; stops where it cannot be."""
+        """Return the features of a layer that is to be divided; stops where it cannot be."""
         try:
             self._check(name)
         except Stop as stop:
@@ -260,7 +260,7 @@ class Paths:
         return None
 
     def _ends(self, node: Node) -> tuple[Any, Any]:
-        """The first and the last dimension that a flatten merges."""
+        """Return the first and the last dimension that a flatten merges."""
         if node.op == "call_module":
             module: Any = self._modules[str(node.target)]
             return module.start_dim, module.end_dim
@@ -271,7 +271,7 @@ class Paths:
     def _after(
         self, user: Node, node: Node, channels: Channels | None, path: set[Node]
     ) -> Channels | None:
-        """The channels behind an operation; stops where it is not positively homogeneous."""
+        """Return the channels behind an operation; stops where it is not positively homogeneous."""
         kind = self._kind(user)
         if not kind or not alone(user, node):
             raise self._refusal(user)
@@ -325,7 +325,7 @@ def channels_of(module: Any, feeder: int | None = None) -> Channels:
 
 
 def _digit(name: str) -> int:
-    """The dimensions in a name such as MaxPool2d; 0 where there is none."""
+    """Return the dimensions in a name such as MaxPool2d; 0 where there is none."""
     found = re.search(r"(\d)d$", name)
     return int(found[1]) if found else 0
 
@@ -339,7 +339,7 @@ def _flattened(channels: Channels, start: Any, end: Any) -> Channels | None:
 
 
 def _reduced(channels: Channels, node: Node) -> Channels | None:
-    """Channels after a mean, a sum or a maximum over other dimensions that are given."""
+    """Return the channels after a mean, a sum or a maximum over other dimensions that are given."""
     args: tuple[Any, ...] = (*node.args[1:3], None, None)
     dims, keep = args[:2]
     dims = node.kwargs.get("dim") if dims is None else dims
@@ -360,7 +360,7 @@ def _reduced(channels: Channels, node: Node) -> Channels | None:
 
 
 def _keeps_batch(node: Node, path: set[Node]) -> bool:
-    """Whether a view or reshape is that to (x.size(0), -1), of a value on the path."""
+    """Return whether a view or reshape is that to (x.size(0), -1), of a value on the path."""
     shape: tuple[Any, ...] = node.args[1:] or tuple(node.kwargs.values())
     if len(shape) == 1 and isinstance(shape[0], (list, tuple)):
         shape = tuple(shape[0])
@@ -379,14 +379,14 @@ def _first(node: Node) -> Any:
 
 
 def alone(user: Node, node: Node) -> bool:
-    """Whether `node` is the first argument, no other, and no dtype asks for other bits."""
+    """Return whether `node` is the first argument, no other, and no dtype asks for other bits."""
     rest = [*user.args[1:], *(v for k, v in user.kwargs.items() if user.args or k != "input")]
     nested = [w for v in rest for w in (v if isinstance(v, (list, tuple)) else [v])]
     return _first(user) is node and not any(v is node or isinstance(v, torch.dtype) for v in nested)
 
 
 def is_query(node: Node) -> bool:
-    """Whether a node asks a value for its shape or its type, and not for its numbers."""
+    """Return whether a node asks a value for its shape or its type, and not for its numbers."""
     if node.op == "call_function":
         return node.target is getattr and node.args[1] in _QUERIES
     return node.op == "call_method" and node.target in _QUERIES

@@ -77,7 +77,7 @@ class Permutations(Result):
 def match_weights(
     reference: nn.Module, model: nn.Module, *, seed: Seed = 0, max_sweeps: int = 100
 ) -> Permutations:
-    """Orders of the hidden units of `model` that bring its weights close to `reference`.
+    """Return orders of the hidden units of `model` that bring its weights close to `reference`.
 
     The order of hidden units says nothing about the function, but much about what lies between
     two networks on a straight line. This is the weight matching of Ainsworth et al. (2022,
@@ -170,7 +170,7 @@ def match_weights(
 def apply_permutations(
     model: nn.Module, permutations: Permutations, *, inputs: Any = None
 ) -> nn.Module:
-    """A copy of the model with its hidden units in another order: the same function.
+    """Return a copy of the model with its hidden units in another order: the same function.
 
     Args:
         model: that of `match_weights`, or one of the same architecture; it stays as it is.
@@ -252,7 +252,7 @@ def _check_function(call: str, model: nn.Module, permuted: nn.Module, inputs: An
 
 
 def _assignment(target: State, moved: State, group: Sequence[Place]) -> Tensor | None:
-    """The order with the largest inner product; None where the present one has it."""
+    """Return the order with the largest inner product; None where the present one has it."""
     from scipy.optimize import linear_sum_assignment
 
     count = group[0].channels.count
@@ -269,7 +269,7 @@ def _assignment(target: State, moved: State, group: Sequence[Place]) -> Tensor |
 
 
 def _parameters(call: str, model: nn.Module, argument: str) -> State:
-    """Every parameter in float64 on the host."""
+    """Return every parameter in float64 on the host."""
     found = {n: p.detach().to("cpu", torch.float64) for n, p in model.named_parameters()}
     for name, tensor in found.items():
         if not all_finite(tensor):

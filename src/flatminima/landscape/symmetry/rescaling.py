@@ -39,7 +39,7 @@ def rescale(
     layers: str | Sequence[str] | None = None,
     seed: Seed = 0,
 ) -> nn.Module:
-    """A copy of a ReLU network that computes the same function with other weights.
+    """Return a copy of a ReLU network that computes the same function with other weights.
 
     A layer's weight and bias are multiplied by α > 0, and the weights of every layer that reads
     it are divided by α (Dinh et al. 2017). Nothing changes in the output as long as only
@@ -211,7 +211,7 @@ def traced(model: nn.Module, training: bool) -> Graph:
 
 
 def _targets(name: str, routes: dict[str, Route]) -> tuple[str, ...]:
-    """The layer itself, or the normalisations that it only feeds."""
+    """Return the layer itself, or the normalisations that it only feeds."""
     route, found = routes[name], list[str]()
     if route.stop:
         raise Stop(route.stop, route.structural)

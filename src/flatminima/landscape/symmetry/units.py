@@ -65,7 +65,7 @@ class Place:
     channels: Channels
 
     def permuted(self, tensor: Tensor, order: Tensor) -> Tensor:
-        """The tensor with the units in that order."""
+        """Return the tensor with the units in that order."""
         times = self.channels.features // self.channels.count
         if self.channels.order == "apart":
             index = torch.arange(times)[:, None] * self.channels.count + order
@@ -74,7 +74,7 @@ class Place:
         return tensor.index_select(self.axis, index.reshape(-1).to(tensor.device))
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """What belongs to each unit, as a row."""
+        """Return what belongs to each unit, as a row."""
         front = tensor.movedim(self.axis, 0)
         count, times = self.channels.count, self.channels.features // self.channels.count
         if self.channels.order == "apart":
@@ -124,7 +124,7 @@ def _graph(call: str, model: nn.Module, training: bool) -> Graph:
 
 
 def copied(call: str, model: nn.Module) -> nn.Module:
-    """A deep copy; one that cannot be made raises InvalidArgumentError."""
+    """Return a deep copy; one that cannot be made raises InvalidArgumentError."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -142,7 +142,7 @@ class _Units(Paths):
         self._graph = graph
 
     def groups(self, call: str) -> Iterator[tuple[str, tuple[Place, ...]]]:
-        """The hidden layers, each with its places."""
+        """Yield the hidden layers, each with its places."""
         called = dict.fromkeys(str(n.target) for n in self._graph.nodes if n.op == "call_module")
         for name in called:
             module = self._modules[name]
@@ -163,7 +163,7 @@ class _Units(Paths):
                 yield name, places
 
     def _places(self, name: str) -> tuple[Place, ...]:
-        """Those of a layer; none where its units are the model's outputs."""
+        """Return those of a layer; none where its units are the model's outputs."""
         module: Any = self._modules[name]
         unused = name not in self._calls
         if self._is_output(name) or (unused and id(module.weight) not in self._read):
@@ -241,7 +241,7 @@ class _Units(Paths):
         ]
 
     def _is_output(self, name: str) -> bool:
-        """Whether no layer with units works on what this one gives."""
+        """Return whether no layer with units works on what this one gives."""
         seen = set(self._calls.get(name, ()))
         stack = list(seen)
         while stack:

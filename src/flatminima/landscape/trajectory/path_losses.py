@@ -31,7 +31,7 @@ def path_losses(
     buffers: Literal["keep", "recompute"] = "keep",
     progress: bool = True,
 ) -> TrajectoryLosses:
-    """The loss at each snapshot of a trajectory, and at its projection onto the plane.
+    """Return the loss at each snapshot of a trajectory, and at its projection onto the plane.
 
     A picture of the plane shows the latter; where both differ, it does not show what training saw.
 
@@ -133,7 +133,7 @@ def path_losses(
 
 
 def _held(objective: Objective, anew: set[str]) -> tuple[str, ...]:
-    """What of the model does not follow the trajectory, or follows it in another way."""
+    """Return what of the model does not follow the trajectory, or follows it in another way."""
     notes = []
     if anew:
         notes.append(

@@ -83,11 +83,11 @@ class PrincipalResult(Result):
         return tuple((self.variance / self.total_variance).tolist())
 
     def without_vectors(self) -> PrincipalResult:
-        """The same without vectors of length n, for keeping or writing to a file."""
+        """Return the same without vectors of length n, for keeping or writing to a file."""
         return dataclasses.replace(self, vectors=None, origin=None)
 
     def directions(self, objective: Objective) -> Directions:
-        """The components as axes around the objective's model, unit vectors.
+        """Return the components as axes around the objective's model, unit vectors.
 
         Where the model is not the centre, a note says how far it is from it.
 
@@ -126,7 +126,7 @@ class PrincipalResult(Result):
         return found
 
     def coordinates_at(self, objective: Objective) -> Tensor:
-        """`coordinates`, (T, k), relative to the objective's model in place of the centre.
+        """Return `coordinates`, (T, k), relative to the objective's model in place of the centre.
 
         Raises:
             InvalidArgumentError: only sketches were recorded, or the vectors were dropped.
@@ -137,7 +137,7 @@ class PrincipalResult(Result):
         return self.coordinates + torch.stack([c.double() @ shift for c in vectors.T])
 
     def vectors_for(self, call: str, objective: Objective) -> tuple[Tensor, Tensor]:
-        """The components and the centre, for an objective that they fit."""
+        """Return the components and the centre, for an objective that they fit."""
         check_objective(call, objective)
         if self.sketch is not None:
             raise InvalidArgumentError(
@@ -234,7 +234,7 @@ def principal_components(
     center: Literal["last", "mean"] = "last",
     progress: bool = True,
 ) -> PrincipalResult:
-    """The orthogonal directions that hold most of a trajectory.
+    """Return the orthogonal directions that hold most of a trajectory.
 
     With "last" these are the leading singular vectors of the differences θ_i − θ_last (Li et al.
     2018, arXiv:1712.09913, section 7), about the last snapshot and not about the mean, so that the
@@ -336,7 +336,7 @@ def _centered(rows: Tensor, center: str) -> Tensor:
 
 
 def _leading(call: str, gram: Tensor, components: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of the inner products, with their eigenvectors."""
+    """Return the largest eigenvalues of the inner products, with their eigenvectors."""
     count = len(gram)
     if not bool(gram.diagonal().any()):
         raise InvalidArgumentError(

@@ -45,14 +45,14 @@ class Index:
 
 
 def described(layout: Layout) -> tuple[str, ...]:
-    """The name and the shape of each tensor, to be compared and shown."""
+    """Return the name and the shape of each tensor, to be compared and shown."""
     return tuple(
         f"{name} {tuple(shape)}" for name, shape in zip(layout.names, layout.shapes, strict=True)
     )
 
 
 def difference(recorded: Sequence[str], given: Sequence[str]) -> str:
-    """What tells two lists of tensors apart, a part of a sentence; "" where nothing does."""
+    """Return what tells two lists of tensors apart, a part of a sentence; "" where nothing does."""
     if tuple(recorded) == tuple(given):
         return ""
     parts = []
@@ -113,7 +113,7 @@ class Snapshots:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshots:
-        """Those of a folder, none of whose files is missing."""
+        """Return those of a folder, none of whose files is missing."""
         folder = _folder(path)
         data = _read(folder)
         made = cls(_common(folder, data), None)
@@ -175,7 +175,7 @@ class Snapshots:
         return tuple(self._steps)
 
     def wide(self, number: int, place: slice, *, copy: bool = False) -> Array:
-        """Entries of a snapshot in float32, or float64 where they are."""
+        """Return the entries of a snapshot in float32, or float64 where they are."""
         part = self._array(number)[place]
         if part.dtype == np.float16:
             found: Array = np.ldexp(part.astype(np.float32), -self._exponents[number])
@@ -183,7 +183,7 @@ class Snapshots:
         return np.array(part) if copy else part
 
     def last(self) -> Array:
-        """The last vector in full, where sketches are kept."""
+        """Return the last vector in full, where sketches are kept."""
         if self.folder is not None:
             return _read_array(self.folder / _whole(len(self) - 1), self.index.size, "float64")
         last = self._last
@@ -270,7 +270,7 @@ def _folder(path: object) -> Path:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The index of a folder."""
+    """Return the index of a folder."""
     try:
         data = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -303,7 +303,7 @@ def _common(folder: Path, data: dict[str, Any]) -> Index:
 
 
 def _read_array(path: Path, width: int, dtype: str) -> Array:
-    """A file's numbers, mapped into memory."""
+    """Return a file's numbers, mapped into memory."""
     try:
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -264,7 +264,7 @@ class Trajectory:
         )
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """All snapshots, some entries at a time: which, and these of each, (T, b) in float64.
+        """Yield all snapshots, some entries at a time: which, and these of each, (T, b) in float64.
 
         With a sketch, that of each snapshot, (T, sketch).
         """
@@ -286,7 +286,7 @@ class Trajectory:
         )
 
     def _vector(self, model: nn.Module, layout: Layout, step: int) -> Array:
-        """The parameters on the host, in float32 or float64."""
+        """Return the parameters on the host, in float32 or float64."""
         named = dict(model.named_parameters(remove_duplicate=False))
         wide = np.float64 if self.dtype == "float64" else np.float32
         # NumPy's memory: a tensor made in inference mode could not be used outside of it.
@@ -312,7 +312,7 @@ class Trajectory:
         return vector
 
     def _stored(self, vector: Array) -> tuple[Array, int]:
-        """A snapshot as it is kept, and the exponent of the power of two that scales it."""
+        """Return a snapshot as it is kept, and the exponent of the power of two that scales it."""
         if self.dtype != "float16":
             return vector, 0
         exponent = MAXIMUM_EXPONENT - math.frexp(float(np.abs(vector).max(initial=0)))[1]

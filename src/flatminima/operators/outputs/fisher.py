@@ -80,7 +80,7 @@ class _DrawnLabels(Softmax):
 
 
 def likelihood_curvature(criterion: Any, output: Any, target: Any) -> OutputMatrix | None:
-    """The Fisher matrix of the outputs, where the criterion is a negative log-likelihood.
+    """Return the Fisher matrix of the outputs, where the criterion is a negative log-likelihood.
 
     Of softmax and logistic outputs and the squared error it is the Hessian of the loss; of
     log-probabilities under NLLLoss, which is linear in them, diag p. None for other criteria.
@@ -103,7 +103,7 @@ class _LogProbabilities(Diagonal):
         super().__init__(self._p * self._coefficients)
 
     def drawn(self, samples: int, generator: torch.Generator) -> Diagonal:
-        """The same with labels drawn from p."""
+        """Return the same with labels drawn from p."""
         rows = self._p.movedim(self._axis, -1)
         flat = rows.reshape(-1, rows.shape[-1])
         labels = torch.multinomial(flat, samples, replacement=True, generator=generator)
@@ -186,7 +186,7 @@ _APART = "The empirical Fisher matrix needs the mean loss of each example."
 
 
 def given_scores(criterion: Any, output: Any, target: Any) -> ScoreMatrix:
-    """Σ (w_i / Σw) ∇ℓ_i ∇ℓ_iᵀ over the examples, each with its own mean loss ℓ_i.
+    """Return Σ (w_i / Σw) ∇ℓ_i ∇ℓ_iᵀ over the examples, each with its own mean loss ℓ_i.
 
     Raises:
         InvalidArgumentError: the examples of the batch cannot be told apart.

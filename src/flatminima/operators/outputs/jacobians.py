@@ -32,7 +32,7 @@ def jacobian_diagonal(
     matrix: OutputMatrix,
     leaves: Mapping[str, Tensor],
 ) -> list[Tensor] | None:
-    """The diagonal of Jᵀ M J, a tensor for each leaf.
+    """Return the diagonal of Jᵀ M J, a tensor for each leaf.
 
     Takes the memory of as many Jacobians as fit into 256 MB. That Jᵀ u is the same as of the whole
     batch is checked. None where the outputs are not a tensor with the examples first and at most
@@ -78,7 +78,7 @@ def _summed(
     probe: Tensor,
     jacobians: Callable[..., Iterable[Tensor]],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The diagonal, and Jᵀ u for the probe u, by `jacobians` of a few examples at a time."""
+    """Return the diagonal, and Jᵀ u for the probe u, by `jacobians` of a few examples at a time."""
     examples, count = blocks.shape[:2]
     size = sum(leaf.numel() for leaf in leaves.values()) * blocks.element_size()
     chunk = max(1, BLOCK_BYTES // max(1, size * count))
@@ -109,7 +109,7 @@ def _agree(ones: list[Tensor], others: Sequence[Tensor | None], dtype: torch.dty
 
 
 def _blocks(matrix: OutputMatrix, output: Tensor) -> Tensor:
-    """M, a block for each example, (examples, outputs, outputs)."""
+    """Return M, a block for each example, (examples, outputs, outputs)."""
     examples, count = len(output), output[0].numel() if len(output) else 0
     columns = []
     for column in range(count):
@@ -138,7 +138,7 @@ def _transformed(
     count: int,  # noqa: ARG001
     examples: int,  # noqa: ARG001
 ) -> Iterable[Tensor]:
-    """Jacobians (examples, outputs, …) by each leaf, all at once by torch.func."""
+    """Return jacobians (examples, outputs, …) by each leaf, all at once by torch.func."""
 
     def one(parameters: dict[str, Tensor], example: Any) -> Tensor:
         alone = mapped(example, lambda t: t.unsqueeze(0))
@@ -152,7 +152,7 @@ def _transformed(
 def _one_by_one(
     model: nn.Module, piece: Any, leaves: dict[str, Tensor], count: int, examples: int
 ) -> Iterable[Tensor]:
-    """The same by a backward pass for each output of each example."""
+    """Return the same by a backward pass for each output of each example."""
     own = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     rows: list[list[Tensor]] = [[] for _ in own]
     for number in range(examples):

@@ -39,7 +39,7 @@ Outputs = Sequence[Tensor]
 
 
 def places_in(output: Any) -> list[int]:
-    """Where, among all the tensors of a model's output, those with a graph are.
+    """Return where, among all the tensors of a model's output, those with a graph are.
 
     Raises:
         ArgumentTypeError: some are within objects that are not followed.
@@ -60,13 +60,13 @@ def places_in(output: Any) -> list[int]:
 
 
 def outputs_at(output: Any, places: Sequence[int]) -> list[Tensor]:
-    """The tensors at some places of a model's output."""
+    """Return the tensors at some places of a model's output."""
     tensors = _every(output)
     return [tensors[place] for place in places]
 
 
 def patternless(tensor: Tensor) -> Tensor:
-    """Numbers without a pattern, like a tensor."""
+    """Return numbers without a pattern, like a tensor."""
     steps = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device)
     return torch.cos(steps.square_().add_(1)).to(tensor.dtype).view(tensor.shape)
 
@@ -99,7 +99,7 @@ class OutputMatrix(ABC):
 
     @abstractmethod
     def times(self, tangents: Outputs) -> list[Tensor | None]:
-        """The product, a new tensor for each output or None for zeros."""
+        """Return the product, a new tensor for each output or None for zeros."""
 
 
 # ------------------------------------------------------------------------- Hessians of losses
@@ -162,7 +162,7 @@ class LossHessian(OutputMatrix):
         )
 
     def _curved(self) -> list[Tensor | None]:
-        """The product with vectors without a pattern."""
+        """Return the product with vectors without a pattern."""
         return self.times([patternless(leaf) for leaf in self._leaves])
 
 
@@ -226,7 +226,7 @@ class Softmax(_Closed):
         self.axis = 1 if output.dim() > 1 else 0
 
     def pieces(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """Places along the first dimension, their probabilities and their coefficients."""
+        """Yield places along the first dimension, their probabilities and their coefficients."""
         output, coefficients = self.output, self.coefficients.unsqueeze(self.axis)
         wide = torch.promote_types(output.dtype, torch.float32)
         if output.dim() == 1:
@@ -286,12 +286,12 @@ def closed_form(criterion: Any, output: Any, target: Any) -> LossHessian | None:
 
 
 def lacks(criterion: Any, name: str) -> bool:
-    """Whether an option of a criterion is not set."""
+    """Return whether an option of a criterion is not set."""
     return criterion_option(criterion, name, None) is None
 
 
 def label_coefficients(criterion: Any, output: Tensor, target: Tensor) -> Tensor | None:
-    """What multiplies diag p − ppᵀ of each label, the mean's divisor included."""
+    """Return what multiplies diag p − ppᵀ of each label, the mean's divisor included."""
     axis = 1 if output.dim() > 1 else 0
     labels = output.shape[:axis] + output.shape[axis + 1 :]
     classes = output.shape[axis]

@@ -21,7 +21,7 @@ Quotients = Callable[[float], tuple[Tensor, Tensor, float]]
 def central_differences(
     gradient: Callable[[Tensor], Tensor], vector: Tensor, point: Tensor, eps: float
 ) -> tuple[Tensor, float]:
-    """H v from gradients at θ ± h v and θ ± h v / 2, and an estimate of its error.
+    """Return H v from gradients at θ ± h v and θ ± h v / 2, and an estimate of its error.
 
     Args:
         gradient: ∇L(θ + δ), shape (n,), for a displacement δ of shape (n,).
@@ -50,7 +50,7 @@ def central_differences(
 def extrapolated(
     quotients: Quotients, vector: Tensor, point: Tensor, eps: float
 ) -> tuple[Tensor, float]:
-    """A derivative along `vector` from central differences, and an estimate of its error.
+    """Return a derivative along `vector` from central differences, and an estimate of its error.
 
     With the quotient D(h) it is (4 D(h/2) − D(h)) / 3, of fourth order in h (Richardson), and
     ‖D(h/2) − D(h)‖ estimates the error, or what rounding adds to it if that is more. The step h is

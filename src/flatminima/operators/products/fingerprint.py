@@ -30,7 +30,7 @@ _ATOMS = (str, bytes, bool, int, type(None), torch.dtype, torch.device)
 def settings(
     model: nn.Module, criterion: object, device: torch.device, mark: Mark
 ) -> tuple[Hashable, list[Any]]:
-    """All attributes of the modules, tensors of the loss function's own, and autocast.
+    """Return all attributes of the modules, tensors of the loss function's own, and autocast.
 
     Not seen: variables that a function closes over, what objects without attributes in Python
     hold, and changes within containers of `LONG` entries or more.
@@ -57,7 +57,7 @@ def settings(
 
 
 def _of_module(module: nn.Module) -> list[Any]:
-    """The module itself, its hooks and its attributes."""
+    """Return the module itself, its hooks and its attributes."""
     own = vars(module)
     hooks = [hook for name in _HOOKS for hook in own[name].values()]
     return [module, hooks, {n: v for n, v in own.items() if n not in _OF_MODULES}]
@@ -103,7 +103,7 @@ def _described(value: Any, mark: Mark, known: list[Any], within: frozenset[int])
 
 
 def _is_compared_by_parts(value: Any) -> bool:
-    """Whether an object is compared by what it holds, and not by its identity."""
+    """Return whether an object is compared by what it holds, and not by its identity."""
     if isinstance(value, (Mapping, *SEQUENCES)):
         return len(value) < LONG
     if isinstance(value, functools.partial):
@@ -114,7 +114,7 @@ def _is_compared_by_parts(value: Any) -> bool:
 
 
 def tensor_identity(tensor: Tensor) -> Hashable:
-    """Which tensor it is, and all but its values."""
+    """Return which tensor it is, and all but its values."""
     return id(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 

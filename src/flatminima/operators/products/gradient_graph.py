@@ -68,7 +68,7 @@ class GradientGraph:
         }
 
     def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> PerLeaf:
-        """H v for each of several v of shape (n,), one after the other.
+        """Return H v for each of several v of shape (n,), one after the other.
 
         Args:
             vectors: v.
@@ -90,7 +90,7 @@ class GradientGraph:
     def block_product(
         self, vector: Tensor, blocks: Sequence[Block], *, keep: bool = False
     ) -> PerLeaf:
-        """The product of a vector with the diagonal blocks of H alone.
+        """Return the product of a vector with the diagonal blocks of H alone.
 
         For each block only the part of the graph between the block's gradient and the block's
         parameters is gone through.

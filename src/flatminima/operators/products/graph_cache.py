@@ -105,7 +105,7 @@ class GraphCache(Generic[G]):
         self._budget = 0.0
 
     def graph(self, seen: Evaluated) -> G | None:
-        """The graph of a batch that is kept."""
+        """Return the graph of a batch that is kept."""
         return self._graphs[seen.batch.index] if seen is self.seen.get(seen.batch.index) else None
 
     @contextlib.contextmanager
@@ -162,7 +162,7 @@ class GraphCache(Generic[G]):
         return True
 
     def _data_are_those_of_the_graphs(self) -> bool:
-        """Whether nobody has written to the batches that are kept on the device."""
+        """Return whether nobody has written to the batches that are kept on the device."""
         return all(
             tensor_marks(tensors_in(seen.batch.data)) == self._marks[index]
             for index, seen in self.seen.items()

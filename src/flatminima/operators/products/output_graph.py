@@ -86,7 +86,7 @@ class OutputGraph:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def products(self, vectors: Sequence[Tensor], *, keep: bool = False) -> PerLeaf:
-        """Jᵀ M J v for each of several v of shape (n,).
+        """Return Jᵀ M J v for each of several v of shape (n,).
 
         Args:
             vectors: v.
@@ -121,7 +121,7 @@ class OutputGraph:
         )
 
     def _tangents(self, pieces: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
-        """J v, a tensor for each output."""
+        """Return J v, a tensor for each output."""
         if not self._edges:
             return [torch.zeros_like(o) for o in self._outputs]
         with second_derivative(self._trace):
@@ -138,7 +138,7 @@ class OutputGraph:
         ]
 
     def adjoint_forms(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨u, J v⟩ and ⟨Jᵀ u, v⟩ for a u without a pattern, which keeps the graph.
+        """Return ⟨u, J v⟩ and ⟨Jᵀ u, v⟩ for a u without a pattern, which keeps the graph.
 
         They differ where a function's backward hides how it depends on what it is given.
         """
