@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
+from exhaustive import thinned
 from zoo import (
     NAMES,
     NAMES_AND_DTYPES,
@@ -55,12 +56,16 @@ NARROWEST = [(name, facts_of(name).dtypes[0]) for name in NAMES]
 WIDEST = [(name, facts_of(name).dtypes[-1]) for name in NAMES]
 
 
-def parametrized(pairs):
+def parametrized(pairs, one_in=1, *, always=()):
     ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in pairs]
-    return pytest.mark.parametrize(("name", "dtype"), pairs, ids=ids)
+    values = thinned(pairs, one_in, always=always)
+    return pytest.mark.parametrize(("name", "dtype"), values, ids=ids)
 
 
 every_entry = parametrized(NAMES_AND_DTYPES)
+# The judge of every model stays in the default suite, of short types on some of them.
+every_entry_for_the_judge = parametrized(NAMES_AND_DTYPES, 5, always=WIDEST)
+every_third_entry = parametrized(NAMES_AND_DTYPES, 3)
 narrowest_entry = parametrized(NARROWEST)
 widest_entry = parametrized(WIDEST)
 approximate_entry = parametrized([p for p in NAMES_AND_DTYPES if p[0] in APPROXIMATE])
@@ -151,7 +156,7 @@ def test_the_gradient_is_the_slope_of_the_loss(name, dtype):
 # ------------------------------------------------------------------------------------ products
 
 
-@every_entry
+@every_entry_for_the_judge
 def test_products_equal_the_dense_hessian(name, dtype):
     case = build(name, dtype)
     operator = fm.HessianOperator(case.objective())
@@ -173,7 +178,7 @@ def test_products_equal_the_dense_hessian(name, dtype):
         ) + PRODUCT[dtype] * float(expected.norm())
 
 
-@every_entry
+@every_third_entry
 def test_products_are_symmetric_and_the_same_together_alone_and_again(name, dtype):
     case = build(name, dtype)
     operator, other = (fm.HessianOperator(case.objective()) for _ in range(2))
@@ -252,7 +257,7 @@ def test_the_true_error_is_within_ten_times_the_estimate(name, dtype):
     assert operator.method == "finite_differences"
 
 
-@every_entry
+@every_third_entry
 def test_differences_on_request_are_within_ten_times_their_estimate(name, dtype):
     case = build(name, dtype)
     _, _, _, tiny, _, few, signs, *single = probes(case.objective().size, case.vector_dtype)
@@ -527,7 +532,7 @@ def test_the_report_has_eigenvalues_by_differences(name, dtype):
     assert FAULTS[name][0] in report.notes[-1]
 
 
-@every_entry
+@every_third_entry
 @pytest.mark.parametrize("cache", [True, False])
 def test_several_points_have_the_losses_of_each(name, dtype, cache):
     objective = build(name, dtype).objective(cache=cache)

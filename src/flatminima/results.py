@@ -38,7 +38,7 @@ class Outcome(enum.Enum):
         'Converged: every residual is within the tolerance.'
     """
 
-    COMPLETED = "Completed: everything asked for was evaluated."
+    COMPLETED = "Completed: everything was evaluated."
     CONVERGED = "Converged: every residual is within the tolerance."
     PRODUCT_LIMIT = (
         "Not converged: the product limit was reached before every pair was found to the tolerance."
@@ -59,8 +59,7 @@ class Outcome(enum.Enum):
         "The differences are within the rounding error of the loss; use float64 or a larger step."
     )
     NOT_REACHED = (
-        "The level that was asked for was not met within the range that was searched; the value "
-        "is a bound."
+        "The target level was not met within the range that was searched; the value is a bound."
     )
     NON_FINITE_POINTS = "Completed; the loss is infinite or NaN at some points."
     EXACT = "Exact up to rounding: the whole diagonal was computed."
@@ -115,7 +114,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 
 def reading_notes(readings: int) -> tuple[str, ...]:
-    """Return what a table says of data that had to be read anew.
+    """Return what a table says of data that had to be read again.
 
     Examples:
         >>> reading_notes(0), reading_notes(27)
@@ -317,7 +316,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Estimate(Result):
-    """A number from random samples, and how far it is off as a rule.
+    """A number from random samples, and its standard error.
 
     Attributes:
         value: the mean of the samples.

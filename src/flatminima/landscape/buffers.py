@@ -1,4 +1,4 @@
-"""The running statistics of batch norm, computed anew for other parameters."""
+"""The running statistics of batch norm, recomputed for other parameters."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Connection(Result):
         gradients: gradients taken in the training.
         outcome: completed, or completed with values that are not finite.
         notes: what a reader should know about how it was computed.
-        readings: how often data were read anew for it; 0 where they are kept on the device.
+        readings: how often data were read again for it; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -132,14 +132,14 @@ def connect(
         objective: the loss and data; its model gives the architecture and stays as it is.
         start: the model at t = 0: a module, a state dict, or a parameter vector (n,) in the
             objective's order.
-        end: the model at t = 1, likewise.
+        end: the model at t = 1, in the same form.
         steps: of Adam.
         learning_rate: in the first half of the steps.
-        points_per_step: gradients, at as many t, of which a step takes the mean.
+        points_per_step: number of t whose gradients a step averages.
         batches_per_step: batches for each step, taken in turn from the data in a random order;
             None takes all.
         alphas: the t at which curve and line are evaluated, within [0, 1] and with both ends; 21
-            equally spaced ones unless told.
+            equally spaced ones by default.
         metrics: `metric(output, target)` by name, such as `{"accuracy": fm.accuracy}`.
         also: further objectives by name, evaluated at the same points.
         buffers: "recompute" trains with the statistics that batch norm has in each batch, and

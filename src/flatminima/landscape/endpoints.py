@@ -85,7 +85,7 @@ class Between:
 
         Args:
             points: the α.
-            recomputed: the names of those that are computed anew at each.
+            recomputed: the names of those that are recomputed at each.
         """
         found = []
         if recomputed:
@@ -172,7 +172,7 @@ def check_same(
         if n in given and given[n].shape != own[n].shape
     ]
     problems = []
-    for label, found in (("lacks", missing), ("has besides", extra)):
+    for label, found in (("lacks", missing), ("also has", extra)):
         if found:
             problems.append(f"{label} {_some([repr(n) for n in found])}")
     if shapes:

@@ -114,7 +114,7 @@ class Interpolation(Result):
         evaluations: passes over a data set, those in which buffers are recomputed among them.
         outcome: completed, or completed with values that are not finite.
         notes: what a reader should know about how it was computed.
-        readings: how often data were read anew for it; 0 where they are kept on the device.
+        readings: how often data were read again for it; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -128,7 +128,7 @@ class Interpolation(Result):
         ─  ──────────
         0           0
         1           1
-        Note: Completed: everything asked for was evaluated.
+        Note: Completed: everything was evaluated.
     """
 
     alphas: tuple[float, ...]
@@ -183,7 +183,7 @@ class Interpolation(Result):
         found = self.curves[curve]
         if metric is not None and not found.metrics:
             raise InvalidArgumentError(
-                f"{call} was asked for {metric!r}, but the {curve!r} curve has no metrics; give "
+                f"{call} needs {metric!r}, but the {curve!r} curve has no metrics; give "
                 'them to interpolate, as metrics={"accuracy": fm.accuracy}.'
             )
         values: Sequence[float] = found.loss
@@ -192,7 +192,7 @@ class Interpolation(Result):
             values = [-v for v in found.metrics[metric]]
         if not {0.0, 1.0} <= set(self.alphas):
             raise InvalidArgumentError(
-                f"{call} needs the values at α = 0 and α = 1, of which one or both were not "
+                f"{call} needs the values at α = 0 and α = 1, and one or both were not "
                 "evaluated; give interpolate alphas= with both, as torch.linspace(0, 1, 21)."
             )
         first, last = (values[self.alphas.index(end)] for end in (0.0, 1.0))
@@ -269,14 +269,14 @@ def interpolate(
         objective: the loss and data; its model gives the architecture and stays as it is.
         start: the model at α = 0: a module, a state dict, or a parameter vector (n,) in the
             objective's order.
-        end: the model at α = 1, likewise.
-        alphas: the points, 25 equally spaced ones on [−1, 2] unless told.
+        end: the model at α = 1, in the same form.
+        alphas: the points. Default: 25 equally spaced ones on [−1, 2].
         path: "linear" or "curvilinear".
         metrics: `metric(output, target)` by name, such as `{"accuracy": fm.accuracy}`.
         also: further objectives by name (`{"test": test_objective}`), evaluated at the same
             points; their models must have the same tensors.
         buffers: "interpolate"; "keep" those of the objective's model; or "recompute", which
-            interpolates them and then computes the statistics of batch norm anew at each point,
+            interpolates them and then recomputes the statistics of batch norm at each point,
             by a pass over the objective's own data (also for the curves of `also`).
         progress: show a bar if it takes long.
 
@@ -330,7 +330,7 @@ def evaluate_path(
     Where buffers are recomputed, the statistics of batch norm are those on the data of "train".
     """
     objective = objectives["train"]
-    anew = recomputed_names(objective.model) if between.buffers == "recompute" else set[str]()
+    recomputed = recomputed_names(objective.model) if between.buffers == "recompute" else set[str]()
     statistics: list[State] = []
     data = {id(o): o.batches for o in objectives.values()}.values()
     before = sum(batches.readings for batches in data)
@@ -338,16 +338,16 @@ def evaluate_path(
     values: dict[str, dict[str, list[float]]] = {
         name: {m: [] for m in metrics} for name in objectives
     }
-    total = len(points) * (len(objectives) + bool(anew))
+    total = len(points) * (len(objectives) + bool(recomputed))
     with progress_bar("interpolation", total=total, unit="pass", show=progress) as bar:
 
         def states() -> Iterator[State]:
             for number, alpha in enumerate(points):
                 state = state_at(alpha)
-                if anew and number == len(statistics):
+                if recomputed and number == len(statistics):
                     statistics.append(recomputed_buffers(objective, state))
                     bar.update()
-                yield state | statistics[number] if anew else state
+                yield state | statistics[number] if recomputed else state
 
         for name, each in objectives.items():
             for loss, measured in each.evaluate_states(states(), metrics):
@@ -367,6 +367,7 @@ def evaluate_path(
         buffers=between.buffers,
         evaluations=total,
         outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
-        notes=between.notes(points, anew) + precision_notes(objective.model, objective.device),
+        notes=between.notes(points, recomputed)
+        + precision_notes(objective.model, objective.device),
         readings=sum(b.readings for b in data) - before,
     )

@@ -40,7 +40,7 @@ def eigenvector_directions(
     that a repetition gives the same picture.
 
     Args:
-        objective: its Hessian is meant unless told.
+        objective: its Hessian is used by default.
         ranks: 1 for the largest eigenvalue (signs count), 2 for the next, −1 for the smallest, −2
             for the next to it.
         operator: another symmetric operator on the same parameters, such as a
@@ -195,13 +195,13 @@ def _places(
 
 
 def _mixed(result: EigenResult, place: int) -> str:
-    """Return a part of a sentence where an eigenvector is not told from its neighbour's."""
+    """Return a part of a sentence if an eigenvector may be mixed with its neighbour."""
     values = result.eigenvalues.double()
     gaps = (values - values[place]).abs()
     gaps[place] = math.inf
     if float(result.residuals[place]) <= 0.1 * float(gaps.min()):
         return ""
-    return ", not small beside the gap to the next eigenvalue: vectors of these two may be mixed"
+    return ", too large for the gap to the next eigenvalue: vectors of these two may be mixed"
 
 
 # ------------------------------------------------------------------------- gradient, difference

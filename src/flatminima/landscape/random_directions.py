@@ -31,8 +31,9 @@ def random_directions(
 
     Gaussian vectors are made orthogonal to each other first. Then each filter of a direction, a
     row along the first dimension of a tensor with two dimensions or more, gets the norm that this
-    filter has in the model, so that a and −a are as large beside the weights in every layer and
-    pictures of models whose weights are scaled differently compare. Scaling turns the directions
+    filter has in the model, so that a and −a are as large compared with the weights in every layer
+    and pictures of models whose weights are scaled differently compare. Scaling turns the
+    directions
     a little: the cosine that remains between them is in the notes. Rows of embeddings are filters,
     too; tied weights are moved once. Filters (layers) of norm zero stay as they are.
 

@@ -34,7 +34,7 @@ class Grid(Result):
 
     Attributes:
         loss: L at each point, float64, one dimension for each direction.
-        metrics: by name, likewise.
+        metrics: by name, on the same grid.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -69,7 +69,7 @@ class Surface(Result):
         evaluations: passes over a data set, without those that a file had the results of.
         outcome: completed, or completed with values that are not finite, which are kept.
         notes: what a reader should know about how it was computed.
-        readings: how often data were read anew for it; 0 where they are kept on the device.
+        readings: how often data were read again for it; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -149,7 +149,7 @@ def surface(
 
     The grid has θ itself among its points (Li et al. 2018, arXiv:1712.09913, for
     filter-normalised directions). Buffers, such as the statistics of batch norm, stay as the model
-    has them. Where data are read anew each time, a reading serves as many points as fit into a
+    has them. If data are read again each time, a reading serves as many points as fit into a
     budget of memory.
 
     Args:
@@ -157,7 +157,7 @@ def surface(
         directions: d_i, as from `random_directions`, `eigenvector_directions` and their like, or a
             tensor (n,) or (n, d), or a list of vectors (n,).
         extent: how far a_i goes, in the unit of its direction, to both sides; or (low, high) with
-            0 between them, of which one end is moved outwards, by less than a step as a rule, so
+            0 between them; one end is moved outwards, usually by less than a step, so
             that 0 is on the grid. One for all directions, or a list of one for each.
         points: along each axis, one for all or one for each; an odd number where the extent is
             the same to both sides, so that 0 is among them.
@@ -344,7 +344,7 @@ def _axis(call: str, extent: object, points: int) -> tuple[float, ...]:
             )
     right = points - 1 - left
     if low / left == -high / right:
-        # Exactly the ends that were asked for.
+        # Exactly the ends that were given.
         below = [low * (left - i) / left for i in range(left)]
         return (*below, *(high * i / right for i in range(right + 1)))
     step = max(-low / left, high / right)

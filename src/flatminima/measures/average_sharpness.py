@@ -25,9 +25,9 @@ from .result import Measurement, MeasureResult
 __all__ = ["AverageSharpnessResult", "average_sharpness"]
 
 SAMPLES = 50
-"""Unless told."""
+"""Default number of samples."""
 LIMIT = 1000
-"""With `rtol`, unless told."""
+"""Default limit with `rtol`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +46,7 @@ class AverageSharpnessResult(MeasureResult):
         normalize_logits: whether the loss was that of normalised logits.
         evaluations: of the loss.
         outcome: completed, within `rtol` or above it, or why the value should not be trusted.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -128,8 +128,8 @@ def average_sharpness(
         objective: what is evaluated.
         sigma: σ, the standard deviation of the noise; with `adaptive` relative to each parameter.
         adaptive: noise in proportion to |θ|. Parameters that are zero do not move.
-        samples: number of draws, of two losses each, 50 unless told; with `rtol` the limit, 1000
-            unless told. 2 at least.
+        samples: number of draws, of two losses each, at least 2; with `rtol` their limit. Default:
+            50, with `rtol` 1000.
         rtol: the relative standard error that is wanted.
         normalize_logits: divide the logits of each example by their standard deviation first, for
             cross-entropy: without it a classifier that is surer of the same labels looks flatter
@@ -213,10 +213,10 @@ def average_sharpness(
         readings=objective.batches.readings - before,
         notes=precision_notes(objective.model, objective.device),
     )
-    told = f"{value:.4g} ± {error:.2g}"
+    said = f"{value:.4g} ± {error:.2g}"
     if rtol is not None and outcome.doubtful and outcome is not Outcome.ABOVE_RTOL:
         message = f"{call}: the error is not known to be within rtol={rtol:g}. {outcome.value}"
         if strict:
             raise ConvergenceError(message, result)
         warn(message, ConvergenceWarning)
-    return conclude(call, result, told, rtol, spent=len(rises), unit="samples", strict=strict)
+    return conclude(call, result, said, rtol, spent=len(rises), unit="samples", strict=strict)

@@ -48,7 +48,7 @@ class CriticalSharpnessResult(MeasureResult):
         outcome: completed; not reached, when the loss is lower at the longest step that was tried;
             below rounding, when it falls by no more than its rounding; or no descent, when it is
             lower at no step along an update that was given.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -124,7 +124,7 @@ def critical_sharpness(
     Args:
         objective: what is evaluated.
         update: u, a direction in which the loss falls: a vector (n,), or tensors by the names of
-            parameters, zero for those left out; minus the gradient unless told. For another
+            parameters, zero for those left out. Default: minus the gradient. For another
             optimiser it is the difference of the parameters after and before its step, over its
             step size.
         tol: relative width of the last bracket of η, below 1.

@@ -38,8 +38,8 @@ class EpsilonSharpnessResult(MeasureResult):
         iterations: of L-BFGS-B that were allowed.
         evaluations: of loss and gradient that were made.
         outcome: why the maximisation stopped.
-        displacement: θ* − θ of the maximum, shape (n,), when asked for.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        displacement: θ* − θ of the maximum, shape (n,), on request.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

@@ -28,7 +28,7 @@ class FisherRaoResult(MeasureResult):
         parameter_norm: ‖θ‖₂.
         products: with F.
         outcome: completed, or as exact as the products allow.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

@@ -25,7 +25,7 @@ class GradientNormResult(MeasureResult):
         tensors: the norm of the gradient by each parameter tensor; their squares add up.
         loss: L(θ).
         outcome: completed.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

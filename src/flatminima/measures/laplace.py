@@ -43,7 +43,7 @@ class LaplaceResult(MeasureResult):
         size: n.
         products: with the operator.
         outcome: completed.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

@@ -84,7 +84,7 @@ class LayerwiseResult(Result):
         passes: over the data, for the eigenvalues of all blocks together.
         outcome: converged where every block's eigenvalue is; otherwise the first other one.
         notes: what a reader should know about how it was measured.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm

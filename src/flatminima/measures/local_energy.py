@@ -40,7 +40,7 @@ class LocalEnergyResult(MeasureResult):
         samples: draws of z, the same at every σ.
         evaluations: passes over the data.
         outcome: completed, or completed with values that are not finite or all within rounding.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

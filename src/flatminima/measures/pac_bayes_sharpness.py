@@ -50,7 +50,7 @@ class PacBayesResult(MeasureResult):
         evaluations: passes over the data.
         outcome: completed; not reached, when no σ tried was too large, or none small enough; or
             below rounding, when the target is no more than the rounding of the loss.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

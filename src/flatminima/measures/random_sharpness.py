@@ -69,7 +69,7 @@ class RandomSharpnessResult(MeasureResult):
             comes on top of it.
         evaluations: of the loss.
         outcome: completed, or why the value should not be trusted.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -82,7 +82,7 @@ class RandomSharpnessResult(MeasureResult):
         >>> result.value == max(t.value for t in result.tensors)
         True
         >>> print(result.outcome.value)
-        Completed: everything asked for was evaluated.
+        Completed: everything was evaluated.
     """
 
     value: float

@@ -80,7 +80,7 @@ class RelativeFlatnessResult(MeasureResult):
         products: with the Hessian, in all.
         whole: whether these are all weight matrices among the parameters.
         outcome: exact where all layers are, completed, or as far as the products allow.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -141,7 +141,7 @@ def relative_flatness(
     Args:
         objective: what is differentiated.
         layers: glob patterns on the names of weights; all selected parameters of two dimensions
-            and more unless told. Filters are the rows of convolutions, and of embeddings and
+            and more by default. Filters are the rows of convolutions, and of embeddings and
             transposed convolutions it is the second dimension that counts the neurons; a tied
             weight is read as its first owner reads it.
         products: with the Hessian for each layer, 4 at least.

@@ -69,7 +69,7 @@ class MeasureResult(Result):
     Attributes:
         value: the measure. Larger is sharper, but for the evidence of a Laplace approximation.
         outcome: how the computation ended.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

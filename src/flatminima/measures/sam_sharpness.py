@@ -41,11 +41,11 @@ class SamSharpnessResult(MeasureResult):
         groups: how many.
         normalize_logits: whether the loss was that of normalised logits.
         gradients: evaluations of loss and gradient; with m of single groups.
-        losses: evaluations of the loss alone, likewise.
+        losses: evaluations of the loss alone, made for it.
         outcome: completed for one step; else why the ascent stopped. With m the first doubtful one
             of the groups, or else the most frequent.
-        displacement: δ of the maximum, shape (n,), when asked for.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        displacement: δ of the maximum, shape (n,), on request.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -144,7 +144,7 @@ def sam_sharpness(
         rho: ρ; relative to each parameter with `adaptive`. Foret et al. train with 0.05, Kwon et
             al. with 0.5 in their adaptive kind. For p = ∞ it is much smaller at the same effect.
         norm: p, 2 or infinity.
-        steps: evaluations beside the one at θ, for each start.
+        steps: evaluations for each start, in addition to the one at θ.
         adaptive: measure the displacement of each parameter in units of the parameter itself.
         restarts: further starts, from random points of the ball's boundary.
         m: examples in a group, or None for all data at once.
@@ -195,7 +195,7 @@ def sam_sharpness(
         m = check_integer(call, "m", m, low=1, high=objective.examples)
         if return_displacement:
             raise InvalidArgumentError(
-                f"With m= every group of examples has a displacement of its own; {call} can keep "
+                f"With m= every group of examples has its own displacement; {call} can keep "
                 "one only without m=."
             )
     scale = magnitudes(call, objective, adaptive=adaptive)

@@ -146,8 +146,8 @@ class Batches:
         data: what the user gave.
         device: where the batches are wanted.
         weight: `batch -> w_b`, called once for each batch.
-        cache: True keeps the batches on the device; False reads them anew; "auto" keeps them
-            when they take at most a quarter of the memory that is free there.
+        cache: True keeps the batches on the device; False reads them again each time; "auto" keeps
+            them when they take at most a quarter of the memory that is free there.
         batch_size: for tuples of tensors and Datasets, which come without one.
         progress: show a bar while the data are read for the first time.
     """
@@ -250,7 +250,7 @@ class Batches:
                 generator.set_state(state)
 
     def _raw_batches(self) -> Iterator[tuple[int, Any]]:
-        """Yield the user's batches, each drawn under a seed of its own."""
+        """Yield the user's batches, each drawn under its own seed."""
         self.readings += 1
         reseed(READ_SEED)
         iterator = iter(self._source)
@@ -332,7 +332,7 @@ class Batches:
     def _changed(what: str) -> DataChangedError:
         return DataChangedError(
             f"Reading the data again gave other batches than the first time ({what}): shuffling "
-            "or augmentation with a random state of its own, or persistent worker processes. "
+            "or augmentation with its own random state, or persistent worker processes. "
             "Without the same data there is no one objective to measure; switch it off, or keep "
             "the first reading with cache=True."
         )

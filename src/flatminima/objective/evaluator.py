@@ -119,7 +119,7 @@ class Evaluator:
 class Pass:
     """One reading of the data, at one point or several.
 
-    Batches are pulled, so that whoever differentiates a loss does so in a frame of their own:
+    Batches are pulled, so that a loss is differentiated in the caller's own frame:
 
         with Pass(evaluator, [point], derivatives=1) as batches:
             for seen in batches:

@@ -61,8 +61,8 @@ def evaluating(
         stack.enter_context(torch.enable_grad())
         twins = _twins([*map(vars, [*modules, *judges]), *(m._buffers for m in judges)], copies)
         if mode != "keep":
-            # Set one by one: a model's own train() may do more than set flags. Put back likewise,
-            # as scripted modules do not have theirs among their attributes.
+            # Set one by one: a model's own train() may do more than set flags. Put back the same
+            # way, as scripted modules do not have theirs among their attributes.
             for module in modules:
                 if module.training != (mode == "train"):
                     stack.callback(setattr, module, "training", module.training)

@@ -95,7 +95,7 @@ def pytorch_loss(loss_fn: Any) -> KnownLoss | None:
 
 
 def is_unchanged(loss_fn: Any) -> bool:
-    """Whether calling it does what its class or function says: no hook, no forward of its own."""
+    """Whether calling it does what its class or function says: no hook, no other forward."""
     if isinstance(loss_fn, functools.partial) and loss_fn.args:
         return False
     function = criterion_function(loss_fn)

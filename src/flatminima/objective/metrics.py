@@ -1,4 +1,4 @@
-"""Metrics of a model's output beside its loss."""
+"""Metrics of a model's output."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class _ClassificationError:
             self._refuse("its loss is that of a regression")
         if single:
             kept = target[target != -100]
-            # A number for each example is as a rule a regression; labels of a logit are 0 and 1.
+            # A number for each example is usually a regression; labels of a logit are 0 and 1.
             labels = bool(((kept == 0) | (kept == 1)).all())
             if output.numel() != target.numel() or not (labels or self._is_binary):
                 self._refuse(f"{shapes} of {target.dtype} hold values that are no two classes")

@@ -31,7 +31,7 @@ class Pieces:
         size: as `microbatch` of `Objective`.
         weight: of a piece, given its data and the batch's number.
         is_sum: whether the losses are sums, which add up without weights.
-        model: asked for batch norm and dropout.
+        model: refused if it has batch norm or dropout in training mode.
         mode: as in `Objective`.
     """
 

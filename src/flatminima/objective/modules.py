@@ -27,7 +27,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     (replicas, hooks on `.grad`, buffers broadcast) that no evaluation should start.
 
     Warns:
-        FlatMinimaWarning: the wrapper shares the work among several processes, of which this one
+        FlatMinimaWarning: the wrapper shares the work among several processes, and this one
             sees only its own data.
     """
     while True:
@@ -57,7 +57,7 @@ def without_prefix(name: str) -> str:
 
 
 def drops(module: nn.Module) -> bool:
-    """Whether a module drops anything in training: a layer of its own, or a rate it was given."""
+    """Whether a module drops anything in training: a dropout layer, or a rate it was given."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return float(module.p) > 0
     return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and float(module.dropout) > 0

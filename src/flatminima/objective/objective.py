@@ -59,9 +59,10 @@ class Objective:
             and its like, and examples otherwise.
         mode: "eval"; "train" (batch norm uses the batch's statistics, dropout is drawn from a
             fixed seed for each batch); or "keep", each module as the model has it.
-        device: where the model is expected to be; asked for only to be checked.
+        device: where the model is expected to be; only checked.
         cache: keep the batches on the device: True, False, or "auto" for when they take at most
-            a quarter of the memory free there. Data read anew must come out the same each time.
+            a quarter of the memory free there. Data that are read again must come out the same each
+            time.
         batch_loss: `batch_loss(model, batch)` → a scalar, in place of `loss_fn`, for everything
             that is not `loss_fn(model(input), target)`.
         batch_size: examples in a batch where `data` comes without batches.
@@ -263,7 +264,7 @@ class Objective:
     def losses_at(self, displacements: Iterable[Tensor]) -> list[float]:
         """Return L(θ + δ) for several displacements δ of shape (n,), such as the rows of a matrix.
 
-        The numbers are those of `loss_at`. Where the data are read anew each time, a reading serves
+        The numbers are those of `loss_at`. If the data are read again each time, a reading serves
         as many δ as fit into a budget of memory (256 MB, or four parameter vectors where those are
         more); they are taken from `displacements` as they are needed.
         """
@@ -389,11 +390,11 @@ class Objective:
         )
 
     def _leaves(self, displacement: Tensor | None, *, differentiable: bool) -> dict[str, Tensor]:
-        """Return the selected parameters at θ + δ, in memory of their own."""
+        """Return the selected parameters at θ + δ, each in its own memory."""
         point = self.point()
         if displacement is not None:
             point += displacement
-        # Each in memory of its own: of views, a write to one would count as a write to all.
+        # Each in its own memory: a write to one view would count as a write to all.
         return {
             name: piece.detach().clone().requires_grad_(differentiable)
             for name, piece in zip(self.layout.names, self.layout.unflatten(point), strict=True)

@@ -30,8 +30,8 @@ def evaluate_states(
     """Yield the loss and the metrics at each state, in order.
 
     Where the batches are kept on the device, one state is made and evaluated after the other.
-    Where they are read anew, each reading serves as many states as fit into a budget of memory.
-    Neither changes a number.
+    If they are read again each time, each reading serves as many states as fit into a budget of
+    memory. Neither changes a number.
     """
     if isinstance(states, Mapping) or not isinstance(states, Iterable):
         raise ArgumentTypeError(
@@ -80,7 +80,7 @@ def _checked(known: Mapping[str, Tensor], state: object) -> State:
         own = known.get(name)
         if own is None:
             if not isinstance(tensor, Tensor):
-                continue  # what a module keeps beside tensors, in its extra state
+                continue  # what a module keeps in its extra state
             raise StateMismatchError(
                 f"{call} was given {name!r}, which the model does not have. "
                 + closest(str(name), list(known))

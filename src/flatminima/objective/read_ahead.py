@@ -11,7 +11,7 @@ __all__ = ["ReadingAhead"]
 
 
 class ReadingAhead:
-    """Copies of host tensors by a stream of their own, from pinned memory.
+    """Copies of host tensors by a separate stream, from pinned memory.
 
     Kernels are only launched by the host, which comes back for the next batch while the device
     still computes with the present one. It reads that batch in the meantime, in the same thread,

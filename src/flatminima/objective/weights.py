@@ -29,8 +29,8 @@ def token_weight(
             the causal models of Hugging Face do: the first label of each sequence is then used
             by none. Encoder–decoders (T5) and classifiers do not shift.
         ignore_index: the label that is left out of the mean.
-        labels: where a batch has its labels: a key, an attribute or a position; "labels" where
-            there are such, and 1 in tuples, unless told.
+        labels: where a batch has its labels: a key, an attribute or a position. Default: "labels"
+            if there are such, and 1 in tuples.
 
     Returns:
         `batch -> int`, for `Objective(weight=...)`.
@@ -204,7 +204,7 @@ class BatchWeight:
         return float(count)
 
     def _check_labels(self, data: Any, target: Any, index: int) -> None:
-        """Refuse token labels whose number nobody has told and the examples do not give."""
+        """Refuse token labels whose number is given neither by the user nor by the examples."""
         advice = (
             "so it does not count by its examples; give weight=fm.token_weight(), or "
             "fm.token_weight(shift=True) where the model shifts its labels, as causal language "

@@ -93,7 +93,7 @@ class CurvatureOperator(LinearOperator, Generic[G]):
 
         The algorithms of this library enter it by themselves. The model should stay as it is
         meanwhile: when its tensors, modules or their attributes, or those of the loss function, are
-        found changed, the graphs are built anew. Not noticed are variables that a function closes
+        found changed, the graphs are rebuilt. Not noticed are variables that a function closes
         over, and writes through `.data` to frozen parameters and, on CUDA, to any.
 
         Examples:
@@ -111,7 +111,7 @@ class CurvatureOperator(LinearOperator, Generic[G]):
 
     @property
     def readings(self) -> int:
-        """How often the data have been read anew, where they are not kept on the device."""
+        """How often the data have been read again, if they are not kept on the device."""
         return self.objective.batches.readings
 
     @property
@@ -255,7 +255,8 @@ class CurvatureOperator(LinearOperator, Generic[G]):
         other = self._difference(probe)
         allowed = 10 * self.error * float(torch.linalg.vector_norm(probe))
         self.error = 0.0
-        # Tensor by tensor: what is hidden may be small beside the rest of the model's curvature.
+        # Tensor by tensor: what is hidden may be small compared with the rest of the model's
+        # curvature.
         pieces = [torch.split(v, list(layout.sizes)) for v in (exact - other, other)]
         norms = torch.tensor(
             [[float(torch.linalg.vector_norm(p)) for p in piece] for piece in pieces]

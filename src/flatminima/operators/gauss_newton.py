@@ -343,7 +343,7 @@ class FisherOperator(_OutputOperator):
 
     Raises:
         InvalidArgumentError: the objective has `batch_loss`; from a product, the loss is no
-            likelihood that is known here, or examples cannot be told apart.
+            likelihood that is known here, or the examples of a batch cannot be separated.
 
     Examples:
         >>> import torch, flatminima as fm

@@ -56,7 +56,7 @@ class LinearOperator(ABC):
         device: of the vectors.
         error: how far a product with a unit vector is known to be off, beyond rounding; an
             operator whose products are not exact raises it as it learns more.
-        floor: products with unit vectors shorter than this cannot be told from rounding; 0 where
+        floor: products with unit vectors shorter than this are lost in rounding; 0 where
             only their own precision limits them.
 
     Examples:
@@ -333,7 +333,7 @@ class SumOperator(LinearOperator):
 
     Args:
         operators: A_i, of one size, type and device.
-        coefficients: c_i; ones unless told.
+        coefficients: c_i. Default: ones.
         shift: τ.
 
     Attributes:
@@ -418,7 +418,7 @@ class SumOperator(LinearOperator):
 
     @property
     def readings(self) -> int:
-        """How often the data of all have been read anew; those of one objective count once."""
+        """How often the data of all have been read again; those of one objective count once."""
         return sum(reader.readings for reader in self._readers)
 
     @property

@@ -25,7 +25,7 @@ __all__ = [
     "stacked_axes",
 ]
 
-# Okabe and Ito's palette: told apart also by colour-blind readers.
+# Okabe and Ito's palette: also for colour-blind readers.
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B6B6B"
 SERIES = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 

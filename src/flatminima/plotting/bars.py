@@ -176,7 +176,7 @@ def _shown(traces: Mapping[str, TraceResult]) -> list[str]:
 
 def _draw_traces(axis: Axes, traces: Mapping[str, TraceResult], shown: Sequence[str]) -> None:
     columns = []
-    # Vermillion is for negative numbers beside this.
+    # Vermillion is for negative numbers.
     for (label, found), color in zip(traces.items(), (BLUE, GREEN), strict=False):
         blocks = {b.name: (b.value, b.standard_error) for b in found.modules}
         blocks[WHOLE] = found.value, found.standard_error
@@ -193,7 +193,7 @@ def _draw_traces(axis: Axes, traces: Mapping[str, TraceResult], shown: Sequence[
 
 
 def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
-    """Return a bar for each measure; below, on a figure of its own, the traces module by module."""
+    """Return a bar for each measure; below, on a new figure, the traces module by module."""
     lines = result.measurements()
     known = {"Hessian": result.trace, "Gauss–Newton matrix": result.gauss_newton_trace}
     traces = {name: found for name, found in known.items() if found is not None}
@@ -208,7 +208,7 @@ def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
     errors = finite([line.error or 0.0 for line in lines])
     colors = [VERMILLION if v < 0 else BLUE for v in values]
     places = np.arange(len(lines))
-    # Measures have units of their own: sizes on a logarithmic axis, the sign in the colour.
+    # Measures have different units: sizes on a logarithmic axis, the sign in the colour.
     sizes = np.abs(values)
     low = np.minimum(errors, sizes * (1 - 1e-9))
     spread = np.array([low, errors]) if any(errors) else None

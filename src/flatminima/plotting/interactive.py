@@ -28,7 +28,7 @@ COLORS, TIME = "Cividis", "Plasma"
 DASHES = ("solid", "dash", "dot", "dashdot")
 # Plotly's own button to share a picture would send it to a server.
 CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
-# The browser itself is told to ask no server for anything; the rest is in the page.
+# The browser is set to ask no server for anything; the rest is in the page.
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -61,11 +61,11 @@ def plot(
     marked. A `SpectralDensity` is drawn as in Ghorbani et al. (2019): both signs, the density on a
     logarithmic axis down to a tenth of what a single eigenvalue adds, two standard errors around
     it, and the eigenvalues that were taken out marked; with `scale="log"` the eigenvalues are on
-    a logarithmic axis too, whose middle is what cannot be told from zero. An `EigenResult`, a
+    a logarithmic axis too, whose middle is zero to rounding. An `EigenResult`, a
     `RandomSharpnessResult`, a `LayerwiseResult`, a `TraceResult`, a `SharpnessReport` and a
     `Comparison` are drawn as points and bars with their errors: of a trace the parts of the
     modules, 20 of them at most, and below the measures of a report, where it has traces of several
-    modules and a figure of its own, those of the Hessian and of the Gauss–Newton matrix side by
+    modules and its own figure, those of the Hessian and of the Gauss–Newton matrix side by
     side. So are the tensors of a `GradientNormResult` and the layers of a
     `RelativeFlatnessResult`. A `LocalEnergyResult`, a `PacBayesResult` and a
     `CriticalSharpnessResult` show what was found at every size of noise or step that was tried,
@@ -73,16 +73,16 @@ def plot(
 
     A `Surface` of two dimensions is drawn as filled contours, with levels on a logarithmic scale
     where the loss spans more than a factor of ten, the model marked by a star, and what is NaN or
-    infinite in colours of its own; with kind="3d" in relief; one of one dimension as a profile. A
+    infinite in special colours; with kind="3d" in relief; one of one dimension as a profile. A
     list of profiles (interpolations, or surfaces of one dimension) is drawn as one line for each
     direction, and as a median with a band where several are of the same, as over seeds; a mapping
     says itself what belongs together.
 
     Args:
         result: what to draw.
-        ax: where; a new figure unless told.
+        ax: where to draw. Default: a new figure.
         kind: of a surface of two dimensions, "contour" or "3d".
-        trajectory: drawn on a surface of its own two principal directions, time in colour.
+        trajectory: drawn on a surface along its two principal directions, time in colour.
         limits: the least and the largest loss of the levels of a surface, so that several have the
             same colours.
         style: "paper" draws for a column of 3.3 inches, with type of 7 and 8 points. Figures are

@@ -77,7 +77,7 @@ def check_plane(call: str, result: object, trajectory: object) -> PrincipalResul
     count = len(result.coordinates) if isinstance(result, Surface) else 0
     if not isinstance(result, Surface) or count != 2 or trajectory.coordinates.shape[1] != 2:
         raise InvalidArgumentError(
-            "A trajectory is drawn on a surface of its own two principal directions; got "
+            "A trajectory is drawn on a surface along its two principal directions; got "
             f"{count} directions and {trajectory.coordinates.shape[1]} components."
         )
     if trajectory.center != "last":
@@ -88,7 +88,7 @@ def check_plane(call: str, result: object, trajectory: object) -> PrincipalResul
     # Vectors of the user's own may well be the principal ones.
     if any(label.startswith(OTHERS) for label in result.labels):
         raise InvalidArgumentError(
-            "A trajectory lies on the surface of its own principal directions; this one is of "
+            "A trajectory lies on the surface along its principal directions; this one is of "
             f"{' and '.join(result.labels)}. Take surface(objective, "
             "principal.directions(objective), extent=principal.extents())."
         )
@@ -205,7 +205,7 @@ def _contours(
 
 
 def _not_finite(axis: Axes, x: Any, y: Any, values: Any) -> list[Patch]:
-    """Return cells around points that are NaN or infinite, in colours and hatches of their own."""
+    """Return cells around points that are NaN or infinite, in special colours and hatches."""
     handles = []
     for which, color, label in (
         (np.isnan(values), NOT_A_NUMBER, "NaN"),

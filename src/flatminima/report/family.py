@@ -1,4 +1,4 @@
-"""The measures that a report can hold beside the Hessian's own numbers, with their settings."""
+"""The measures that a report can hold in addition to the Hessian's numbers, with their settings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FAMILY: dict[str, tuple[Callable[..., MeasureResult], tuple[Options, ...]]] = {
         ({"prior_precision": "optimise", "probes": 8, "steps": 20, "outliers": 60},),
     ),
 }
-"""Each measure with the settings that a report takes unless told."""
+"""Each measure with the settings that a report takes by default."""
 
 OWN = ("seed", "progress", "return_displacement", "strict")
 """Options that are the report's own, or mean nothing in it."""
@@ -97,7 +97,7 @@ def _settings(call: str, name: str, given: object) -> tuple[Options, ...]:
         )
     if function is None:
         raise InvalidArgumentError(
-            f"{name!r} has no settings of its own in the 'measures' argument of {call}; use the "
+            f"{name!r} takes no settings in the 'measures' argument of {call}; use the "
             f"arguments of {call}, or call the function itself."
         )
     parameters = inspect.signature(function).parameters.values()

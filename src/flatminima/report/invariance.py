@@ -115,7 +115,7 @@ def invariance_table(
         model: one that `rescale` takes.
         loss_fn: as of [`sharpness`][flatminima.sharpness].
         data: as of [`sharpness`][flatminima.sharpness].
-        measures: as of [`sharpness`][flatminima.sharpness]; all of them unless told.
+        measures: as of [`sharpness`][flatminima.sharpness]; Default: all of them.
         factor: of the rescaling.
         per: kinds of rescaling, as of [`rescale`][flatminima.rescale].
         layers: which to rescale, as of [`rescale`][flatminima.rescale].

@@ -19,7 +19,7 @@ __all__ = ["SharpnessReport"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SharpnessReport(Result):
-    """What `sharpness` measured; parts that were not asked for are None or empty.
+    """What `sharpness` measured; parts that were not measured are None or empty.
 
     Attributes:
         model: the class of the model.
@@ -31,10 +31,10 @@ class SharpnessReport(Result):
         epsilon_sharpness: one result for each ε and space.
         random_sharpness: per-tensor random perturbations.
         largest: the largest eigenvalues of the Hessian, without their vectors.
-        smallest: the smallest (most negative) eigenvalue, likewise; from the same products.
+        smallest: the smallest (most negative) eigenvalue, from the same products.
         trace: of the Hessian.
         notes: what a reader should know about how it was measured.
-        readings: how often the data were read anew after the first time; 0 where they are kept on
+        readings: how often the data were read again after the first time; 0 if they are kept on
             the device.
         gauss_newton_largest: the largest eigenvalue of the Gauss–Newton matrix, without its vector.
         gauss_newton_trace: of the Gauss–Newton matrix.
@@ -72,7 +72,7 @@ class SharpnessReport(Result):
     results: dict[str, tuple[MeasureResult, ...]] = dataclasses.field(default_factory=dict)
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """Return every number of the report as a line of its own."""
+        """Return every number of the report, one in a line."""
         lines = [Measurement("loss L(θ)", self.loss, None, "", None, "1 loss")]
         if self.gradient_norm is not None:
             lines.append(

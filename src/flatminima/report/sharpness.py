@@ -50,7 +50,8 @@ DEFAULT = (
     "gauss_newton",
 )
 TOL = 1e-4
-"""Of eigenvalues: the negative end is small beside the largest, and told from zero by this."""
+"""Of eigenvalues: the negative end is small compared with the largest; this separates it from
+zero."""
 
 
 def sharpness(
@@ -83,22 +84,22 @@ def sharpness(
     is left exactly as it was.
 
     Args:
-        model: any module; or an [`Objective`][flatminima.Objective], which takes the place of
-            `model`, `loss_fn`, `data` and every other argument of its own.
+        model: any module; or an [`Objective`][flatminima.Objective], in place of `model`,
+            `loss_fn`, `data` and every other argument of an objective.
         loss_fn: `loss_fn(output, target)` → a scalar.
         data: a tuple of tensors `(inputs, targets)`, a list of batches, a DataLoader or a
-            Dataset: the data whose loss is studied, as a rule the training data.
+            Dataset: the data whose loss is studied, usually the training data.
         measures: which to take: names, "all", or a mapping of names to settings. The names are
             "gradient_norm", "epsilon_sharpness", "random_sharpness", "eigenvalues", "trace",
             "density", "gauss_newton", and those of the functions "sam_sharpness",
             "average_sharpness", "pac_bayes_sharpness", "local_energy", "fisher_rao_norm",
-            "relative_flatness", "critical_sharpness" and "laplace_log_evidence". Unless told the
-            first seven without "density", which takes 900 products as a rule, and with
-            `batch_loss` without "gauss_newton", which needs `loss_fn`. "density" brings
+            "relative_flatness", "critical_sharpness" and "laplace_log_evidence". Default: the
+            first seven without "density", which usually takes 900 products, and without
+            "gauss_newton" if there is no `loss_fn`. "density" brings
             "eigenvalues" with it, which are taken out of it first. The loss is always there. A
             mapping gives the options of each function, as in {"sam_sharpness": {"rho": 0.1},
             "trace": None}, or a list of such for several numbers; None is for those that a report
-            takes unless told. With "all", what a model or loss does not allow is left out with a
+            takes by default. With "all", what a model or loss does not allow is left out with a
             note.
         eigenvalues: how many of the largest of the Hessian.
         trace_products: products for each trace.
@@ -111,8 +112,8 @@ def sharpness(
         batch_loss: as in [`Objective`][flatminima.Objective].
         batch_size: as in [`Objective`][flatminima.Objective].
         microbatch: as in [`Objective`][flatminima.Objective].
-        seed: of everything random; each measure starts from it anew, so that a subset of the
-            measures gives the same numbers.
+        seed: of everything random; each measure starts from it, so a subset of the measures gives
+            the same numbers.
         progress: show bars for what takes long.
 
     Returns:
@@ -120,14 +121,14 @@ def sharpness(
 
     Raises:
         InvalidArgumentError: an unknown measure or option (with the closest name), bad counts, or
-            a measure asked for by name that the model or the loss does not allow, such as
+            a measure named in `measures` that the model or the loss does not allow, such as
             "gauss_newton" with `batch_loss`.
         FlatMinimaError: whatever [`Objective`][flatminima.Objective] refuses.
 
     Warns:
         ConvergenceWarning: eigenvalues did not converge; the report says how far they came.
-        FlatMinimaWarning: "gauss_newton" was asked for, and the loss is linear in the outputs, so
-            that its matrix is zero. Where it was not asked for by name, a note says so.
+        FlatMinimaWarning: "gauss_newton" is named in `measures`, and the loss is linear in the
+            outputs, so its matrix is zero. If it is not named, a note says so.
 
     Examples:
         >>> import torch
@@ -246,7 +247,7 @@ def sharpness(
 
 
 def _check_no_options(call: str, options: Mapping[str, Any]) -> None:
-    """Refuse what belongs to an objective beside one that is given."""
+    """Refuse arguments that belong to an objective when one is given."""
     defaults = {n: p.default for n, p in inspect.signature(Objective).parameters.items()}
     given = [
         name

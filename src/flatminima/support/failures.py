@@ -81,7 +81,7 @@ def _explanation(
         return GraphError(
             f"The loss of {where} reaches back into a graph that is gone: the model or the loss "
             "keeps tensors with a graph from an earlier forward (a hidden state, a memory bank, "
-            "a list of losses). Keep them detached, or start them anew in each forward."
+            "a list of losses). Keep them detached, or start them again in each forward."
         )
     if "nference tensor" in said:
         return GraphError(

@@ -20,7 +20,7 @@ def precision_notes(model: nn.Module, device: torch.device) -> tuple[str, ...]:
     PyTorch's settings are read, never changed. Whether the hardware follows them is not known.
 
     Args:
-        model: asked for float32 parameters, and for convolutions and recurrent layers.
+        model: whether it has float32 parameters, convolutions and recurrent layers matters.
         device: where it computes.
     """
     notes = []

@@ -54,7 +54,7 @@ def to_device(
         # Batch objects such as BatchEncoding move themselves in place, hence the copy.
         return (_duplicated(data) if duplicate else copy.copy(data)).to(device)
     if isinstance(data, dict):
-        # Not built anew: a defaultdict, for one, does not take its contents first.
+        # Not built from its contents: a defaultdict, for one, does not take its contents first.
         mapping = copy.copy(data)
         mapping.update({key: follow(value) for key, value in data.items()})
         return mapping

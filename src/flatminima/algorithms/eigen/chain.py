@@ -45,7 +45,7 @@ class Ritz:
     """A column for each pair: coefficients of the held vectors, then of the chain's."""
     residuals: Floats
     wanted: list[int]
-    """Positions of the (up to k) pairs asked for, best first."""
+    """Positions of the (up to k) wanted pairs, best first."""
     gram: Floats
     """Of the held vectors' residuals, less what the chain holds of them."""
     tie: Floats
@@ -102,7 +102,7 @@ class Chain:
         return gaps
 
     def restart(self, held: int, gone: Floats) -> None:
-        """Begin anew at the next vector, with `held` Ritz vectors held."""
+        """Restart at the next vector, with `held` Ritz vectors held."""
         self.gone = np.concatenate([self.gone, gone])
         self.restarted = True
         self._empty(held)

@@ -82,7 +82,7 @@ class LanczosSteps:
         self.generator = as_generator(seed, operator.device)
         self.eps = float(torch.finfo(self.dtype).eps)
         self.basis = Basis(operator, rows, size, device, dtype)
-        # What cannot be told from zero, relative to the largest Ritz value.
+        # What is zero to rounding, relative to the largest Ritz value.
         self.rounding = ROUNDING * self.eps
         if self.basis.narrow:
             self.rounding = max(self.rounding, float(torch.finfo(self.basis.dtype).eps))
@@ -233,7 +233,7 @@ class LanczosSteps:
     ) -> Steps[tuple[Ritz, bool, bool]]:
         """Lanczos from `vector`, orthogonal to the held ones, until what is wanted converged.
 
-        It ends early on an invariant space, and at the product limit, which is then told by
+        It ends early on an invariant space, and at the product limit, which shows in
         the first False; the second bool tells whether the held vectors changed meanwhile.
         """
         chain.single = chain.first and max(self.ends) == 1
@@ -374,7 +374,7 @@ class LanczosSteps:
         self.residuals = ritz.residuals[kept]
 
     def _lock(self, ritz: Ritz) -> None:
-        """Hold the wanted pairs, and beside them what leaves room for a search.
+        """Hold the wanted pairs, and as many others as leave room for a search.
 
         The more of the space is held, the less a search has to see through to what was missed.
         """

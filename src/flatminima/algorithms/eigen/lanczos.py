@@ -61,16 +61,16 @@ def lanczos(
         which: "LA" largest algebraic, "SA" smallest algebraic, "LM" largest magnitude, or "BE"
             both ends (⌈k/2⌉ largest and ⌊k/2⌋ smallest). Signs are kept everywhere.
         tol: a pair is converged when ‖A u − λ u‖ ≤ tol · max |Ritz value|.
-        max_products: limit on products with the operator; max(1000, 20 k) unless told.
+        max_products: limit on products with the operator. Default: max(1000, 20 k).
         seed: of the random start vectors.
         initial: where to look first: an earlier result, of this operator to a looser tolerance
             or of a similar one, or a tensor (n,) or (n, m). It saves products where it is good,
             and costs few where it is not; the answer does not rest on it.
-        basis_size: vectors of length n that are kept, max(2 k + 10, 20) unless told.
-        basis_device: where they are kept, the operator's device unless told. "cpu" spares the
+        basis_size: vectors of length n that are kept. Default: max(2 k + 10, 20).
+        basis_device: where they are kept. Default: the operator's device. "cpu" spares the
             memory of a GPU: each product is then copied to the host, where it is made
             orthogonal, and the next vector back.
-        basis_dtype: of their entries, the operator's unless told. `torch.bfloat16` and
+        basis_dtype: of their entries. Default: the operator's. `torch.bfloat16` and
             `torch.float16` halve the memory. `tol` must then be at least the precision of that
             type, 7.8e-3 and 9.8e-4, and one product more for each pair measures the residual of
             the vector that is returned. Vectors are orthogonal to that precision.

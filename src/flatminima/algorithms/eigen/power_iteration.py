@@ -40,7 +40,7 @@ def power_iteration(
         operator: symmetric.
         k: number of pairs, 1 ≤ k ≤ n.
         tol: a pair is converged when ‖A u − λ u‖ ≤ tol · max |λ|.
-        max_products: limit on products for all pairs together; 1000 k unless told.
+        max_products: limit on products for all pairs together. Default: 1000 k.
         seed: of the random start vectors.
         strict: raise instead of warn when the limit is reached.
         progress: show a bar if it takes long.

@@ -26,10 +26,10 @@ class EigenResult(Result):
         residuals: (k,) ‖A u − λ u‖ in float64: some eigenvalue lies within that of λ.
         outcome: converged, stopped at the product limit, or as exact as the products are.
         products: number of products with the operator that it took.
-        which: the end of the spectrum that was asked for.
-        tol: the tolerance that was asked for, relative to the largest |Ritz value|.
+        which: the end of the spectrum, as given.
+        tol: the tolerance as given, relative to the largest |Ritz value|.
         method: the name of the solver.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -119,7 +119,7 @@ class EigenResult(Result):
 
 
 ROUNDING = 20
-"""Residuals below this many units of the operator's precision cannot be told from rounding."""
+"""Residuals below this many units of the operator's precision are lost in rounding."""
 
 
 def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:

@@ -45,7 +45,7 @@ def take_over(
 
     Vectors from a chain of the same operator have residuals of one direction, and the chain
     goes on from there as after a restart. Others do better as a start vector: their residuals
-    point in as many directions as there are vectors, and each would need a chain of its own.
+    point in as many directions as there are vectors, and each would need its own chain.
     The first two products tell. Residuals are kept meanwhile in the free half of the basis.
     """
     count, last = vectors.shape[1], len(basis) - 1

@@ -36,7 +36,7 @@ def resolved(nodes: Tensor, weights: Tensor, complete: Sequence[bool], resolutio
 
     Not those within the resolution of zero. Nor, in a chain that has not come to its end, the
     one next to zero on either side where the next one further out is more than twice as far: its
-    weight stands for eigenvalues of which only that they lie somewhere around there is known.
+    weight stands for eigenvalues that lie somewhere near.
     """
     seen = (nodes.abs() > resolution) & (weights > 0)
     negative = (nodes < 0).sum(dim=1).tolist()

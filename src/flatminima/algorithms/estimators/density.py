@@ -31,7 +31,7 @@ CHUNK = 4096
 class SpectralDensity(Result):
     """How the n eigenvalues of an operator are distributed, outliers apart.
 
-    Every random vector has a Gauss rule of its own: the density is the mean over these, and
+    Every random vector has its own Gauss rule: the density is the mean over these, and
     their spread its standard error. Numbers that are sums over the spectrum come from the same
     nodes at no further cost, each with its standard error: `mean`, `second_moment`,
     `frobenius_norm`, `stable_rank`, `effective_dimension`, `negative_mass`, `log_determinant`,
@@ -53,7 +53,7 @@ class SpectralDensity(Result):
             zero than this have no sign.
         products: with the operator, those for the outliers among them.
         outcome: completed.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -165,7 +165,7 @@ class SpectralDensity(Result):
 
         Args:
             scale: as in `spectral_density`.
-            sigma: as there; chosen from the data unless told.
+            sigma: as there. Default: chosen from the data.
 
         Raises:
             InvalidArgumentError: an unknown scale, or `sigma` not positive.
@@ -247,7 +247,7 @@ class SpectralDensity(Result):
 
         Raises:
             InvalidArgumentError: `tau` is not positive.
-            NotPositiveDefiniteError: A + τ I is indefinite, or cannot be told from singular.
+            NotPositiveDefiniteError: A + τ I is indefinite, or is singular to rounding.
         """
         call = "SpectralDensity.effective_dimension"
         tau = check_positive(call, "tau", tau)
@@ -267,7 +267,7 @@ class SpectralDensity(Result):
         there are enough steps.
 
         Args:
-            threshold: the resolution unless told; what is closer to zero has no sign.
+            threshold: default: the resolution; what is closer to zero has no sign.
 
         Raises:
             InvalidArgumentError: `threshold` is negative.
@@ -298,7 +298,7 @@ class SpectralDensity(Result):
 
         Raises:
             InvalidArgumentError: `shift` is not finite.
-            NotPositiveDefiniteError: A + τ I is indefinite, or cannot be told from singular.
+            NotPositiveDefiniteError: A + τ I is indefinite, or is singular to rounding.
         """
         call = "SpectralDensity.log_determinant"
         shift = check_number(call, "shift", shift)

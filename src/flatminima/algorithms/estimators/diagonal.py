@@ -26,7 +26,7 @@ __all__ = ["DiagonalResult", "diagonal"]
 
 METHODS = ("auto", "hutchinson", "xdiag", "exact")
 EXACT_LIMIT = 10_000
-"""Products that `method="exact"` takes without being told how many it may."""
+"""Products that `method="exact"` takes by default."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +43,7 @@ class DiagonalResult(Result):
         names: of the parameter tensors that the entries belong to, one after the other; empty for
             an operator that knows of no parameters.
         shapes: of these tensors.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -155,8 +155,8 @@ def diagonal(
     Args:
         operator: symmetric. "xdiag" needs float32 or float64.
         method: see above.
-        products: number of products in all, 100 unless told; 2 at least, and 4 for "xdiag". With
-            `rtol` the limit, 1000 unless told. For "exact" the limit on n, 10 000 unless told.
+        products: number of products in all, at least 2, and 4 for "xdiag"; with `rtol` their limit,
+            for "exact" the limit on n. Default: 100, with `rtol` 1000, for "exact" 10 000.
         rtol: the standard error that is wanted, ‖errors‖ / ‖values‖ in the Euclidean norm;
             looked at by the rule of [`trace`][flatminima.trace].
         strict: raise instead of warn when the limit comes before `rtol` is reached.
@@ -240,8 +240,8 @@ def diagonal(
         readings=operator.readings - before,
         notes=operator.notes,
     )
-    told = f"the diagonal has the norm {size:.4g}, and its error is estimated at {error:.2g}"
-    return conclude(call, result, told, rtol, spent=result.products, strict=strict)
+    said = f"the diagonal has the norm {size:.4g}, and its error is estimated at {error:.2g}"
+    return conclude(call, result, said, rtol, spent=result.products, strict=strict)
 
 
 def _estimates(

@@ -31,7 +31,7 @@ class LogDeterminantResult(Result):
         smallest: the smallest Ritz value of A.
         products: with the operator, those for the outliers among them.
         outcome: completed.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:
@@ -104,7 +104,7 @@ def log_determinant(
         The mean with its standard error, and an estimate of the quadrature's own error.
 
     Raises:
-        NotPositiveDefiniteError: A + τ I is indefinite, or cannot be told from singular; it says
+        NotPositiveDefiniteError: A + τ I is indefinite, or is singular to rounding; it says
             how negative the smallest eigenvalue is and which shift would do.
         InvalidArgumentError: `shift` is not finite; fewer than two probes or one step.
         NonFiniteError: a product holds NaN or infinity.

@@ -117,5 +117,5 @@ def _check_invariance(
         raise InvalidArgumentError(
             f"The 'outliers' argument of {call} holds pairs that are not those of {operator!r}: "
             f"they miss by {off:.1e}, and their residuals say {claimed:.1e}. Has the model been "
-            "trained since? Compute them anew, or give their number."
+            "trained since? Compute them again, or give their number."
         )

@@ -33,7 +33,7 @@ def blocks(operator: LinearOperator, count: int) -> Iterator[slice]:
 
 
 def products_of(operator: LinearOperator, rows: Tensor, step: Callable[[int], object]) -> Tensor:
-    """Return the products with the rows (k, n), block by block; each block is told to `step`.
+    """Return the products with the rows (k, n), block by block; `step` hears of each block.
 
     Raises:
         NonFiniteError: a product holds NaN or infinity.
@@ -87,7 +87,7 @@ def deflated_samples(
         count: of samples.
         generator: draws the vectors.
         sizes: of the diagonal blocks.
-        step: is told how many products have been taken.
+        step: called with the number of products taken.
         project: rows → rows, an orthogonal projection Π; the blocks are then those of Π A Π.
 
     Returns:

@@ -60,7 +60,7 @@ class Quadrature:
         atoms: (m,) eigenvalues that were taken out, in float64 on the host.
         chains: one for each random vector; none where all eigenvalues were taken out.
         probes: number of random vectors.
-        resolution: eigenvalues closer together than this cannot be told apart.
+        resolution: eigenvalues closer together than this count as one.
         products: with the operator.
         readings: of the data.
         notes: what a reader should know about how it was computed.
@@ -198,7 +198,7 @@ def share_below(
 
 
 def check_positive_definite(call: str, smallest: float, shift: float, resolution: float) -> None:
-    """Refuse a shift τ for which A + τ I is indefinite, or cannot be told from singular.
+    """Refuse a shift τ for which A + τ I is indefinite, or is singular to rounding.
 
     Raises:
         NotPositiveDefiniteError: saying how negative, and which shift would do.
@@ -212,7 +212,7 @@ def check_positive_definite(call: str, smallest: float, shift: float, resolution
     what = (
         f"has an eigenvalue of {format_number(smallest)} or below"
         if smallest + shift < -resolution
-        else f"+ {shift:g} I cannot be told from singular: its smallest Ritz value is "
+        else f"+ {shift:g} I is singular to rounding: its smallest Ritz value is "
         f"{smallest + shift:.1e}, and rounding hides what is below {resolution:.1e}"
     )
     raise NotPositiveDefiniteError(

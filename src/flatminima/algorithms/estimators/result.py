@@ -66,7 +66,7 @@ class TraceResult(Result):
         tensors: the trace of the diagonal block of each parameter tensor, from the same products;
             empty for an operator that knows of no parameters. They add up to `value`.
         modules: the same for the modules that own the tensors.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
         notes: what a reader should know about how it was computed.
 
     Examples:

@@ -19,7 +19,7 @@ __all__ = ["LEAST", "SKETCH_BYTES", "STRIP", "Sketch", "check_precision"]
 STRIP = 2**22
 """Entries of a matrix that are worked on at a time in float64."""
 SKETCH_BYTES = 2**30
-"""Of the vectors that a sketch keeps unless it is asked for. A fixed number, so that a call gives
+"""Of the vectors that a sketch keeps by default. A fixed number, so that a call gives
 the same result whatever memory happens to be free."""
 LEAST = 4
 """Products for a sketch and an error."""
@@ -46,7 +46,7 @@ class Sketch:
         signs: Ω has independent entries ±1; otherwise its columns are uniform on the sphere of
             radius √n.
         keep: the columns of Ω, which what leaves them out one by one needs.
-        step: is told of each block of products.
+        step: called with the size of each block of products.
 
     Attributes:
         tests: Ωᵀ, shape (t, n); none where they are not kept.

@@ -44,7 +44,7 @@ def spectral_density(
     Few large eigenvalues hide the rest: nodes go to them, and their shares of the random vectors
     make the sums uncertain. With `outliers` they are taken out first. The random vectors are
     then orthogonal to their eigenvectors, the eigenvalues enter as exact atoms of weight 1/n,
-    and the bulk has a scale of its own.
+    and the bulk has its own scale.
 
     Args:
         operator: symmetric.
@@ -55,12 +55,12 @@ def spectral_density(
         scale: "linear"; or "log", where the density is one per decade of |λ|, for both signs
             apart, as a bulk of many orders of magnitude near zero asks for.
         sigma: standard deviation of the Gaussian that a node is drawn as, in decades with
-            "log". Unless told: for "linear" 0.75 times the range of the nodes divided by their
+            "log". Default: for "linear" 0.75 times the range of the nodes divided by their
             number, which makes a smooth curve of neighbouring nodes (the rule of Lin, Saad and
             Yang 2016, [arXiv:1308.5467](https://arxiv.org/abs/1308.5467), for Gaussians that
             meet at 1/1.25 of their height); for "log" 0.75 times the mean distance of neighbours
             on that scale, weighted by their mass. Eigenvalues taken out do not count.
-        basis_device: where the chains' vectors are kept, the operator's device unless told.
+        basis_device: where the chains' vectors are kept. Default: the operator's device.
             "cpu" spares the memory of a GPU at the price of a copy to and fro for each product.
         seed: of the random vectors.
         progress: show a bar if it takes long.

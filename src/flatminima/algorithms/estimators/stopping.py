@@ -13,9 +13,9 @@ from ...support.checks import check_positive
 __all__ = ["FIRST_LOOK", "LIMIT", "PRODUCTS", "check_rtol", "conclude", "ended", "looks", "settled"]
 
 PRODUCTS = 100
-"""Unless told."""
+"""Default number of products."""
 LIMIT = 1000
-"""With `rtol`, unless told."""
+"""Default limit with `rtol`."""
 FIRST_LOOK = 24
 """Products before the first look at the standard error."""
 CONFIDENCE = 0.95
@@ -70,11 +70,11 @@ def check_rtol(call: str, rtol: float | None) -> float | None:
 
 
 def settled(value: float, standard_error: float, samples: int, rtol: float) -> bool:
-    """Return whether the error is small enough beside the smallest size that the value may have.
+    """Return whether the error is small enough, measured by the least size the value may have.
 
     A standard error from few samples may be small by chance, so its upper confidence limit by the
     χ² distribution takes its place, U. The value may be large by chance, so it counts with 2 U
-    less: U ≤ rtol · (|value| − 2 U). A value that cannot be told from zero never passes.
+    less: U ≤ rtol · (|value| − 2 U). A value that may be zero never passes.
 
     Examples:
         >>> settled(100.0, 5.0, 1000, 0.1), settled(100.0, 5.0, 5, 0.1), settled(0.1, 5.0, 10, 0.1)

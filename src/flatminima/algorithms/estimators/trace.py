@@ -149,15 +149,15 @@ def trace(
     standard error's upper 95 % confidence limit by the χ² distribution, and the search ends when
     U ≤ rtol · (|value| − 2 U): neither a standard error that is small by chance nor a value that
     is large by chance ends it early. With "auto", XTrace's basis grows while it fits; after that
-    what lies outside of it is sampled, as by "hutch++". A trace that cannot be told from zero has
+    what lies outside of it is sampled, as by "hutch++". A trace that is zero to its error has
     no relative error; the search then goes on to its limit, and says so.
 
     Args:
         operator: symmetric. "hutch++" and "xtrace" need float32 or float64.
         method: see above. Where n is no more than `products`, "hutch++" and "xtrace" take n
             products with unit vectors, and the result is exact.
-        products: number of products in all, 100 unless told; 2 at least, and 4 for "hutch++" and
-            "xtrace". With `rtol` the limit, 1000 unless told.
+        products: number of products in all, at least 2, and 4 for "hutch++" and "xtrace"; with
+            `rtol` their limit. Default: 100, with `rtol` 1000.
         rtol: the relative standard error that is wanted.
         strict: raise instead of warn when the limit comes before `rtol` is reached.
         seed: of the random vectors.
@@ -242,7 +242,7 @@ def _estimates(
     if known is not None:
         yield probing.exact(known)
         return
-    # As much as fits, or as much as is asked for.
+    # As much as fits, or as much as is given.
     room = limit * 3
     if method == "auto":
         room = SKETCH_BYTES // (n * operator.dtype.itemsize)

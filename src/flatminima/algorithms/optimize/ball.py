@@ -94,8 +94,8 @@ def maximize_over_ball(
         scale: c (n,), not negative; coordinates where it is zero do not move. None for ones.
         radius: ρ, positive.
         norm: p, 2 or math.inf.
-        steps: evaluations beside the one at the centre, for each start; fewer are used by a start
-            that no longer moves.
+        steps: evaluations for each start, in addition to the one at the centre; fewer are used by a
+            start that no longer moves.
         restarts: number of further starts, from random points of the ball's boundary (uniform
             directions for p = 2, corners for p = ∞), which are the first of their evaluations.
         seed: of the random points.

@@ -158,7 +158,8 @@ def maximize_over_box(
     del search
     searched = best_value
     curvature = best_value - first_value - float(torch.dot(first_gradient, best_point))
-    if flips and curvature > CURVED * (best_value - first_value):
+    # Also where nothing was found at all.
+    if flips and curvature >= CURVED * (best_value - first_value):
         flip(torch.where(best_point < 0, -1.0, 1.0).to(half_width))
     if best_value > searched:
         outcome = Outcome.STATIONARY

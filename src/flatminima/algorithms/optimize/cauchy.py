@@ -147,8 +147,8 @@ class ProjectedPath:
             found = hit.any()
             at = torch.where(found, hit.int().argmax(), len(block)).reshape(1)
             time = left[at] + found * ahead[at].clamp(min=0)
-            told = [found.to(left)[None], time, energy[at], slope[:, at], stopped[:, at]]
-            numbers = torch.cat([t.flatten() for t in told]).cpu().double()
+            parts = [found.to(left)[None], time, energy[at], slope[:, at], stopped[:, at]]
+            numbers = torch.cat([t.flatten() for t in parts]).cpu().double()
             place = _Place(float(numbers[1]), float(numbers[2]), *numbers[3:].chunk(2))
             if numbers[0]:
                 return place, True

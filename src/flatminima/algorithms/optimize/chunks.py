@@ -16,8 +16,8 @@ many that launching the kernels does not count."""
 
 PARTS = 16
 SHORT = 2**13
-"""A vector is cut into so many parts at least, so that the room to compute in is small beside it;
-but a chunk need not be shorter than this."""
+"""A vector is cut into so many parts at least, so that the room to compute in is small compared
+with it; but a chunk need not be shorter than this."""
 
 GROUP = 64
 """Neighbours that are looked at together where few are looked for."""

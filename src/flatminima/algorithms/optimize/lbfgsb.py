@@ -178,11 +178,11 @@ class LBFGSB:
             squares.append(torch.dot(moving, moving))
             products.append(inner_products(rows[:, part], vectors))
         self.point, self._work, self._gradient = self._work, self.point, found.gradient
-        told = torch.cat([summed(squares[0::2]), summed(squares[1::2]), summed(products)])
-        told = told.cpu().double()
-        sums = told[2:].view(-1, 4)
-        self._energy, self._steepest = float(told[1]), -sums[:, 1]
-        return self._pairs.store(found.slot, sums[:, [0, 2, 3]], float(told[0]), promised)
+        scalars = torch.cat([summed(squares[0::2]), summed(squares[1::2]), summed(products)])
+        scalars = scalars.cpu().double()
+        sums = scalars[2:].view(-1, 4)
+        self._energy, self._steepest = float(scalars[1]), -sums[:, 1]
+        return self._pairs.store(found.slot, sums[:, [0, 2, 3]], float(scalars[0]), promised)
 
     def _aim(self) -> float:
         """Find where to search, by the quadratic model; the slope there is negative if it can."""

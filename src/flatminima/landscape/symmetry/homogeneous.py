@@ -198,7 +198,7 @@ class Paths:
         module = self._modules[name]
         weights = [p for p in module._parameters.values() if p is not None]
         if parametrize.is_parametrized(module):
-            raise Stop("its weight is made by a parametrisation, and is no parameter of its own")
+            raise Stop("its weight is made by a parametrisation, and is not itself a parameter")
         self._check_forward(name)
         if not type(module).__module__.startswith("torch.nn."):
             raise Stop(f"its class, {type(module).__name__}, is not one of torch.nn")

@@ -37,7 +37,7 @@ class Permutations(Result):
 
     Examples:
         >>> import torch, flatminima as fm
-        >>> from flatminima.landscape.matching import match_weights
+        >>> from flatminima.landscape.symmetry.matching import match_weights
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Linear(1, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)
         ... )
@@ -109,7 +109,7 @@ def match_weights(
 
     Examples:
         >>> import torch, flatminima as fm
-        >>> from flatminima.landscape.matching import apply_permutations, match_weights
+        >>> from flatminima.landscape.symmetry.matching import apply_permutations, match_weights
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Linear(1, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)
         ... )
@@ -188,7 +188,7 @@ def apply_permutations(
 
     Examples:
         >>> import torch, flatminima as fm
-        >>> from flatminima.landscape.matching import apply_permutations, match_weights
+        >>> from flatminima.landscape.symmetry.matching import apply_permutations, match_weights
         >>> nets = [
         ...     torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GELU(), torch.nn.Linear(5, 2))
         ...     for _ in range(2)

@@ -257,7 +257,7 @@ class _Units(Paths):
     def _kind(self, node: Node) -> str:
         kind = super()._kind(node)
         if kind == "pointwise" and len(node.all_input_nodes) > 1:
-            return ""  # prelu() with a weight of its own for each channel
+            return ""  # prelu() with one weight for each channel
         if kind:
             return kind
         if node.op == "call_module":

@@ -1,4 +1,4 @@
-"""The loss along a trajectory, beside that of its projection onto a plane."""
+"""The loss along a trajectory, and that of its projection onto a plane."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def path_losses(
         objective: the loss and data. What is not among the parameters recorded is as in its model
             at every snapshot.
         trajectory: of the same parameters, recorded without a sketch.
-        principal: of this trajectory; by `principal_components` as it stands unless told.
+        principal: of this trajectory. Default: `principal_components(trajectory)`.
         buffers: "keep", or "recompute" the statistics of batch norm at each point from the
             objective's data, one pass more for each.
         progress: show a bar if it takes long.
@@ -54,9 +54,9 @@ def path_losses(
 
     Examples:
         >>> import torch, flatminima as fm
-        >>> from flatminima.landscape.path_losses import path_losses
-        >>> from flatminima.landscape.principal import principal_components
-        >>> from flatminima.landscape.trajectory import Trajectory
+        >>> from flatminima.landscape.trajectory.path_losses import path_losses
+        >>> from flatminima.landscape.trajectory.principal import principal_components
+        >>> from flatminima.landscape.trajectory.trajectory import Trajectory
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> data = torch.eye(2), torch.zeros(2, 1)
         >>> objective = fm.Objective(model, torch.nn.MSELoss(), data)  # (x² + y²) / 2
@@ -104,13 +104,13 @@ def path_losses(
             yield moved
 
     layout = objective.layout
-    anew = recomputed_names(objective.model) if buffers == "recompute" else set[str]()
+    recomputed = recomputed_names(objective.model) if buffers == "recompute" else set[str]()
 
     def states() -> Iterator[State]:
         for point in points():
             pieces = layout.unflatten(point.to(layout.device))
             state = dict(zip(layout.names, pieces, strict=True))
-            yield state | recomputed_buffers(objective, state) if anew else state
+            yield state | recomputed_buffers(objective, state) if recomputed else state
 
     losses, total = [], 2 * len(trajectory)
     with progress_bar("losses along the path", total=total, unit="loss", show=progress) as bar:
@@ -125,23 +125,23 @@ def path_losses(
         distances=tuple(principal.distances.tolist()),
         evaluations=total,
         outcome=Outcome.COMPLETED if finite else Outcome.NON_FINITE_POINTS,
-        notes=_held(objective, anew)
+        notes=_held(objective, recomputed)
         + principal.notes
         + precision_notes(objective.model, objective.device),
         readings=objective.batches.readings - before,
     )
 
 
-def _held(objective: Objective, anew: set[str]) -> tuple[str, ...]:
+def _held(objective: Objective, recomputed: set[str]) -> tuple[str, ...]:
     """Return what of the model does not follow the trajectory, or follows it in another way."""
     notes = []
-    if anew:
+    if recomputed:
         notes.append(
             "The statistics of batch norm were recomputed at each point from the objective's data."
         )
     names = [n for n, b in objective.model.named_buffers() if b.dtype.is_floating_point]
     names += [n for n, _ in objective.model.named_parameters() if n not in objective.layout.names]
-    held = [n for n in names if n not in anew]
+    held = [n for n in names if n not in recomputed]
     if held:
         notes.append(
             f"{len(held)} tensors that were not recorded (such as {held[0]!r}) are those of the "

@@ -29,7 +29,7 @@ snapshots, are rounding."""
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PrincipalResult(Result):
-    """The directions in which a trajectory extends most, and each snapshot beside them.
+    """The directions in which a trajectory extends most, and the place of each snapshot on them.
 
     Attributes:
         variance: (k,) mean square of the coordinates along each component, best first.
@@ -40,7 +40,7 @@ class PrincipalResult(Result):
         center: "last" or "mean".
         vectors: (n, k) the components, orthonormal columns on the host; None once dropped, and
             for sketches.
-        origin: (n,) the centre; None likewise.
+        origin: (n,) the centre; None in the same cases.
         parameters: the name and the shape of each parameter tensor.
         dtype: of the snapshots.
         sketch: the number of random projections that stand for each snapshot, or None.
@@ -48,8 +48,8 @@ class PrincipalResult(Result):
 
     Examples:
         >>> import torch
-        >>> from flatminima.landscape.principal import principal_components
-        >>> from flatminima.landscape.trajectory import Trajectory
+        >>> from flatminima.landscape.trajectory.principal import principal_components
+        >>> from flatminima.landscape.trajectory.trajectory import Trajectory
         >>> model = torch.nn.Linear(2, 1)
         >>> trajectory = Trajectory(model)
         >>> for step in range(4):
@@ -175,7 +175,7 @@ class PrincipalResult(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrajectoryLosses(Result):
-    """The true loss along a trajectory beside that of its projection onto a plane.
+    """The true loss along a trajectory and that of its projection onto a plane.
 
     Attributes:
         steps: of training, for each snapshot.
@@ -185,18 +185,18 @@ class TrajectoryLosses(Result):
         evaluations: of the loss.
         outcome: completed, or completed with values that are not finite.
         notes: what a reader should know about how it was computed.
-        readings: how often the data were read anew for it; 0 where they are kept on the device.
+        readings: how often the data were read again for it; 0 if they are kept on the device.
 
     Examples:
         >>> from flatminima import Outcome
-        >>> from flatminima.landscape.principal import TrajectoryLosses
+        >>> from flatminima.landscape.trajectory.principal import TrajectoryLosses
         >>> TrajectoryLosses((0, 5), (2.0, 1.0), (1.5, 1.0), (0.3, 0.0), 4, Outcome.COMPLETED)
         Loss along the trajectory
         step  loss  loss in the plane  distance from it
         ────  ────  ─────────────────  ────────────────
         0        2                1.5               0.3
         5        1                  1                 0
-        Note: Completed: everything asked for was evaluated.
+        Note: Completed: everything was evaluated.
     """
 
     steps: tuple[int, ...]
@@ -257,8 +257,8 @@ def principal_components(
 
     Examples:
         >>> import torch
-        >>> from flatminima.landscape.principal import principal_components
-        >>> from flatminima.landscape.trajectory import Trajectory
+        >>> from flatminima.landscape.trajectory.principal import principal_components
+        >>> from flatminima.landscape.trajectory.trajectory import Trajectory
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> trajectory = Trajectory(model)
         >>> for x, y in [(4.0, 0.0), (2.0, 1.0), (0.0, 0.0)]:
@@ -281,7 +281,7 @@ def principal_components(
         raise InvalidArgumentError(f"{call} needs two snapshots or more; there is {held}.")
     if components >= count:
         raise InvalidArgumentError(
-            f"{count} snapshots span {count - 1} directions at most; {call} was asked for "
+            f"{count} snapshots span {count - 1} directions at most; {call} got components="
             f"{components}. Record more, or set components={count - 1}."
         )
     whole = trajectory.sketch is None

@@ -138,7 +138,7 @@ class Snapshots:
             step: of training.
             row: which is held on to.
             exponent: of the power of two by which it is multiplied.
-            numbers: beside it.
+            numbers: kept with it.
             calls: until then.
             whole: the vector that `row` is a sketch of, in place of the last one.
         """
@@ -196,7 +196,7 @@ class Snapshots:
             return array
         assert folder is not None
         width = self.index.size if self.index.sketch is None else self.index.sketch
-        # Mapped anew each time: a process may hold few files open.
+        # Mapped again each time: a process may hold few files open.
         return _read_array(folder / _file(number), width, self.index.dtype)
 
     def _join(self, folder: Path, resume: bool) -> None:

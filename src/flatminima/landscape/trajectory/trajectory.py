@@ -74,7 +74,7 @@ class Trajectory:
 
     Examples:
         >>> import torch, flatminima as fm
-        >>> from flatminima.landscape.trajectory import Trajectory
+        >>> from flatminima.landscape.trajectory.trajectory import Trajectory
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> trajectory = Trajectory(model, every=2)
@@ -114,7 +114,7 @@ class Trajectory:
             advice = "Give the module in training, or an Objective of it."
             check_instance(call, "model", model, nn.Module, advice)
             with warnings.catch_warnings():
-                # It is about data, of which there are none here.
+                # It is about data, and there are none here.
                 warnings.simplefilter("ignore", FlatMinimaWarning)
                 self._model = unwrapped(model)
             check_model(self._model)
@@ -147,7 +147,7 @@ class Trajectory:
 
         Examples:
             >>> import tempfile, torch
-            >>> from flatminima.landscape.trajectory import Trajectory
+            >>> from flatminima.landscape.trajectory.trajectory import Trajectory
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     trajectory = Trajectory(torch.nn.Linear(2, 1), path=folder)
             ...     kept = trajectory.record(7)
@@ -167,10 +167,10 @@ class Trajectory:
 
         Args:
             step: the number of the training step, larger than that of the last snapshot; the
-                number of calls before this one unless told.
+                default: the number of calls before this one.
             force: keep this one in any case, such as the last of all. Where the snapshot of this
                 very step is kept already, nothing happens.
-            numbers: such as `loss=loss`, kept beside the snapshot; read only if it is kept.
+            numbers: such as `loss=loss`, kept with the snapshot; read only if it is kept.
 
         Returns:
             Whether it was kept.
@@ -199,14 +199,14 @@ class Trajectory:
                 f"Trajectory.record was given step {step} after step {last}; steps must increase. "
                 "For another run make another Trajectory."
             )
-        beside = {name: _number(name, value) for name, value in numbers.items()}
+        extra = {name: _number(name, value) for name, value in numbers.items()}
         vector = self._vector(model, layout, step)
         if self.sketch is None:
             row, exponent = self._stored(vector)
-            self._kept.append(step, row, exponent, beside, self._calls)
+            self._kept.append(step, row, exponent, extra, self._calls)
         else:
             row = self._projected(vector, self.sketch)
-            self._kept.append(step, row, 0, beside, self._calls, vector)
+            self._kept.append(step, row, 0, extra, self._calls, vector)
         return True
 
     def __len__(self) -> int:
@@ -219,7 +219,7 @@ class Trajectory:
 
     @property
     def numbers(self) -> dict[str, tuple[float, ...]]:
-        """What was recorded beside the snapshots, by name; NaN where it was not."""
+        """What was recorded with the snapshots, by name; NaN where it was not."""
         names = dict.fromkeys(name for each in self._kept.numbers for name in each)
         return {
             name: tuple(each.get(name, math.nan) for each in self._kept.numbers) for name in names
@@ -338,5 +338,5 @@ def _number(name: str, value: Any) -> float:
         return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(
-            f"Trajectory.record keeps numbers beside a snapshot; {name}= is {value!r}."
+            f"Trajectory.record keeps numbers with a snapshot; {name}= is {value!r}."
         ) from error

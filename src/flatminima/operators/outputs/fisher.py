@@ -53,7 +53,7 @@ class ScoreMatrix(OutputMatrix):
 
 
 class _DrawnLabels(Softmax):
-    """Σ c (p − e_y)(p − e_y)ᵀ for labels y drawn from p, of which alone anything is kept."""
+    """Σ c (p − e_y)(p − e_y)ᵀ for labels y drawn from p; only the labels are kept."""
 
     def __init__(self, exact: Softmax, samples: int, generator: torch.Generator) -> None:
         super().__init__(exact.output, exact.coefficients)
@@ -189,7 +189,7 @@ def given_scores(criterion: Any, output: Any, target: Any) -> ScoreMatrix:
     """Return Σ (w_i / Σw) ∇ℓ_i ∇ℓ_iᵀ over the examples, each with its own mean loss ℓ_i.
 
     Raises:
-        InvalidArgumentError: the examples of the batch cannot be told apart.
+        InvalidArgumentError: the examples of the batch cannot be separated.
     """
     _, gradients = loss_gradient(criterion, output, target, places_in(output))
     weights = example_weights(criterion, target)

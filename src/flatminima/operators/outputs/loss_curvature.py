@@ -180,7 +180,7 @@ def loss_gradient(
     Args:
         criterion: the loss function.
         output: of the model.
-        target: beside it.
+        target: of the batch.
         places: as from `places_in`.
         differentiable: whether the gradients are to be differentiated once more.
         trace: examines whether they can be.
@@ -217,7 +217,7 @@ class _Closed(LossHessian):
 class Softmax(_Closed):
     """c (diag p − ppᵀ) for each label (Böhning 1992; Martens 2020, arXiv:1412.1193, section 9).
 
-    The softmax is taken anew for each product, a few labels at a time, since nothing else may be
+    The softmax is computed for each product, a few labels at a time, since nothing else may be
     as large as a vocabulary's outputs.
     """
 

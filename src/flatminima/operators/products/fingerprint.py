@@ -1,4 +1,4 @@
-"""What a loss depends on beside parameters, buffers and data, to be compared with later."""
+"""What a loss depends on apart from parameters, buffers and data, for later comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...support.trees import SEQUENCES, is_record, members
 __all__ = ["described", "memory_of", "settings", "tensor_identity", "tensor_marks"]
 
 LONG = 1000
-"""Entries from which a container, or an array, is told by itself and not by what is in it."""
+"""Entries from which a container or an array is compared by identity, not by its contents."""
 
 Mark = Callable[[Tensor], Hashable]
 """What is compared of a tensor."""
@@ -36,9 +36,9 @@ def settings(
     hold, and changes within containers of `LONG` entries or more.
 
     Args:
-        model: asked for its modules; not for its parameters and buffers.
+        model: its modules are looked at, not its parameters and buffers.
         criterion: the loss function, followed if it is a module or a plain object.
-        device: whose autocast is asked for.
+        device: whose autocast is looked at.
         mark: what is compared of a tensor.
 
     Returns:
@@ -141,6 +141,6 @@ def memory_of(tensor: Tensor) -> dict[int, int]:
             storage = part.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
         except (NotImplementedError, RuntimeError):
-            # Tensors without memory of their own that could be asked for.
+            # Tensors without memory that can be named.
             found[id(part)] = 0
     return found

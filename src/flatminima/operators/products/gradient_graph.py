@@ -131,7 +131,7 @@ class GradientGraph:
             )
 
 
-# Asked for what goes into a node of which some result was None, torch 2.6 crashes.
+# torch 2.6 crashes when it differentiates by an edge into a node with a result of None.
 EDGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 

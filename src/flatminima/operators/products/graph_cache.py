@@ -96,7 +96,7 @@ class GraphCache(Generic[G]):
 
     @property
     def bytes(self) -> int:
-        """Memory of the tensors saved for the graphs, beside the model's and the data's own."""
+        """Memory of the tensors saved for the graphs, apart from the model's and the data's own."""
         return sum(self._held.values())
 
     def give_up(self) -> None:
@@ -154,7 +154,7 @@ class GraphCache(Generic[G]):
             batch = dataclasses.replace(batch, data=None)
         index = batch.index
         self._marks[index] = tensor_marks(tensors_in(batch.data))
-        # Without the loss's own graph, of which nothing more is wanted.
+        # Without the loss's own graph, which is not needed any more.
         self.seen[index] = dataclasses.replace(
             seen, batch=batch, loss=seen.loss.detach(), output=None, target=None
         )

@@ -33,7 +33,8 @@ class OutputGraph:
         trace: entered while the outputs were computed, when the graph is to be examined.
 
     Attributes:
-        saved: address and bytes of what the graph of Jᵀu has saved beside what was there before.
+        saved: address and bytes of what the graph of Jᵀu has saved in addition to what was there
+            before.
 
     Raises:
         NotTwiceDifferentiableError: an operation's derivative cannot be differentiated.
