@@ -306,8 +306,9 @@ class _Suite:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             result = lanczos(self.operator, tol=1e-3, max_products=60, progress=False)
-        assert result.eigenvectors is not None
-        vector = result.eigenvectors[:, 0]
+        vectors = result.eigenvectors
+        assert vectors is not None
+        vector = vectors[:, 0]
         gap = self.length(self.operator @ vector - result.eigenvalues[0].to(vector) * vector)
         allowed = 2 * float(result.residuals[0]) + 10 * self.operator.error
         allowed += self.tolerance * max(self.size, abs(float(result.eigenvalues[0])))

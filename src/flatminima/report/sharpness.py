@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..algorithms.eigen.lanczos import lanczos
 from ..algorithms.estimators.spectral_density import spectral_density
 from ..algorithms.estimators.trace import trace
+from ..derivatives.hand_written import HandWritten
+from ..derivatives.torch_private import BATCH_NORM
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotPositiveDefiniteError
 from ..measures.gradient_norm import gradient_norm
 from ..measures.result import MeasureResult
@@ -71,6 +73,7 @@ def sharpness(
     batch_loss: Callable[[nn.Module, Any], Tensor] | None = None,
     batch_size: int = 1024,
     microbatch: Microbatch = None,
+    hand_written: HandWritten = True,
     seed: Seed = 0,
     progress: bool = True,
 ) -> SharpnessReport:
@@ -112,6 +115,7 @@ def sharpness(
         batch_loss: as in [`Objective`][flatminima.Objective].
         batch_size: as in [`Objective`][flatminima.Objective].
         microbatch: as in [`Objective`][flatminima.Objective].
+        hand_written: as in [`Objective`][flatminima.Objective].
         seed: of everything random; each measure starts from it, so a subset of the measures gives
             the same numbers.
         progress: show bars for what takes long.
@@ -163,6 +167,7 @@ def sharpness(
         "batch_loss": batch_loss,
         "batch_size": batch_size,
         "microbatch": microbatch,
+        "hand_written": hand_written,
     }
     if isinstance(model, Objective):
         _check_no_options(call, options)
@@ -323,8 +328,7 @@ def _notes(
     found = {
         "dropout off": any(map(drops, modules)),
         "batch norm with its running statistics": any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-            for m in modules
+            isinstance(m, BATCH_NORM) and m.running_mean is not None for m in modules
         ),
     }
     if objective.mode == "eval" and any(found.values()):

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ...derivatives.torch_private import version
 from ...objective.forward import Evaluated
 from ...objective.objective import Objective
 from ...support.failures import available_bytes
@@ -180,12 +181,12 @@ class GraphCache(Generic[G]):
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         self._packed.update(memory_of(tensor))
         # Not the tensor itself, since an operation that saves its own result would never be freed.
-        return tensor.detach(), tensor._version
+        return tensor.detach(), version(tensor)
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    tensor, version = packed
-    if tensor._version != version:
+    tensor, before = packed
+    if version(tensor) != before:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation"
@@ -198,6 +199,7 @@ class _State:
 
     def __init__(self, objective: Objective) -> None:
         self._settings, self._known = _settings(objective)
+        self._pieces = objective.differentiation.pieces
         self._marks = _marks(objective)
         # Held, as another tensor might be given the identity of one that is gone.
         self._tensors = [*objective.model.parameters(), *objective.model.buffers()]
@@ -209,6 +211,7 @@ class _State:
     def is_that_of(self, objective: Objective) -> bool:
         return (
             _marks(objective) == self._marks
+            and objective.differentiation.pieces == self._pieces
             and _settings(objective)[0] == self._settings
             and all(same_values(now, before) for now, before in self._numbers)
         )
