@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import flatminima as fm
 from flatminima.derivatives.channels_last import is_marked
-from flatminima.derivatives.substitution import CheapSecondDerivatives
+from flatminima.derivatives.hand_written import PIECES
+from flatminima.derivatives.substitution import Substitution
 
 
 class Net(nn.Module):
@@ -315,7 +316,7 @@ FOLLOWING = {
 @pytest.mark.parametrize("function", FOLLOWING.values(), ids=FOLLOWING)
 def test_functions_that_take_activations_as_they_lie(function):
     x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    with CheapSecondDerivatives(channels_last=True):
+    with Substitution(PIECES):
         y = conv(x)
         out = function(y)
     expected = function(conv(x))
@@ -327,7 +328,7 @@ def test_functions_that_take_activations_as_they_lie(function):
 
 
 def test_other_functions_change_how_the_tensor_itself_lies():
-    with CheapSecondDerivatives(channels_last=True):
+    with Substitution(PIECES):
         y = conv(torch.ones(2, 3, 9, 9))
         assert y.shape == (2, 4, 7, 7)
         saved = y * y
@@ -350,7 +351,7 @@ def test_other_functions_change_how_the_tensor_itself_lies():
     ids=["float64", "channels last already", "permuted"],
 )
 def test_what_the_user_has_laid_out_stays_so(x):
-    with CheapSecondDerivatives(channels_last=True):
+    with Substitution(PIECES):
         y = conv(x)
         strides, marked = y.stride(), is_marked(y)
     assert not marked
@@ -359,10 +360,8 @@ def test_what_the_user_has_laid_out_stays_so(x):
 
 def entered(monkeypatch):
     count = []
-    enter = CheapSecondDerivatives.__enter__
-    monkeypatch.setattr(
-        CheapSecondDerivatives, "__enter__", lambda self: count.append(1) or enter(self)
-    )
+    enter = Substitution.__enter__
+    monkeypatch.setattr(Substitution, "__enter__", lambda self: count.append(1) or enter(self))
     return count
 
 

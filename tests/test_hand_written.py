@@ -1,6 +1,7 @@
-"""Linear layers, ReLU, layer norm and attention written by hand are PyTorch's own."""
+"""ReLU and attention written by hand are PyTorch's own."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.derivatives.attention import multi_head_attention, scaled_dot_product_attention
-from flatminima.derivatives.batch_norm import relu
-from flatminima.derivatives.linear_layers import layer_norm, linear
-from flatminima.derivatives.substitution import CheapSecondDerivatives
+from flatminima.derivatives.gradients import nodes
+from flatminima.derivatives.hand_written import PIECES
+from flatminima.derivatives.relu import relu
+from flatminima.derivatives.substitution import Substitution
+
+REPLACING = set(PIECES) - {"channels_last"}
 
 
 def tensor(*shape, seed=0):
@@ -35,7 +39,7 @@ def derivatives(function, leaves, mode, order):
 def assert_alike(function, leaves, orders=(2, 3, 4)):
     for order in orders:
         expected = derivatives(function, leaves, contextlib.nullcontext(), order)
-        found = derivatives(function, leaves, CheapSecondDerivatives(), order)
+        found = derivatives(function, leaves, Substitution(REPLACING), order)
         for number, (a, b) in enumerate(zip(found, expected, strict=True)):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=f"{order}: {number}")
 
@@ -44,23 +48,12 @@ def each_and_all(leaves):
     return [leaves, *([leaf] for leaf in leaves)]
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4), (2, 1, 3, 4)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_layers(shape, bias):
-    x, weight, b = tensor(*shape), tensor(6, 4, seed=1), tensor(6, seed=2)
-    arguments = (x, weight, b) if bias else (x, weight)
-    assert linear(*arguments) is not None
-    for leaves in each_and_all(list(arguments)):
-        assert_alike(lambda: F.linear(*arguments), leaves)
-    assert_alike(lambda: F.linear(x.transpose(0, -2), *arguments[1:]), list(arguments))
-
-
 def test_relu_in_all_its_forms():
     x = tensor(4, 5)
     assert relu(x) is not None
     for function in (F.relu, torch.relu, method, nn.ReLU()):
         assert_alike(lambda f=function: f(x.square() - 0.5), [x])
-        with CheapSecondDerivatives():
+        with Substitution(REPLACING):
             assert function(x).grad_fn.name() == "_ReluBackward"
 
 
@@ -71,48 +64,9 @@ def method(x):
 def test_relu_has_no_derivative_by_its_mask():
     """What PyTorch fills with zeros and adds up is not there at all."""
     x = tensor(3)
-    with CheapSecondDerivatives():
+    with Substitution(REPLACING):
         (gradient,) = torch.autograd.grad(F.relu(x).square().sum(), x, create_graph=True)
     assert torch.equal(torch.autograd.grad(gradient.sum(), x)[0], 2.0 * (x > 0))
-
-
-@pytest.mark.parametrize("sizes", [(4,), (3, 4)])
-@pytest.mark.parametrize("affine", ["both", "weight", "neither"])
-@pytest.mark.parametrize("eps", [1e-5, 0.3])
-def test_layer_norm(sizes, affine, eps):
-    x, weight, bias = tensor(5, 3, 4), tensor(*sizes, seed=1), tensor(*sizes, seed=2)
-    given = {"both": [weight, bias], "weight": [weight], "neither": []}[affine]
-    assert layer_norm(x, sizes, *given, eps=eps) is not None
-    for leaves in each_and_all([x, *given]):
-        assert_alike(lambda: F.layer_norm(x, sizes, *given, eps=eps), leaves)
-    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_alike(lambda: F.layer_norm(turned, sizes, *given, eps=eps), [x, *given])
-
-
-def test_layer_norm_with_a_bias_alone():
-    """PyTorch's own fails at the derivatives of this one."""
-    x, bias = tensor(5, 4), tensor(4, seed=2)
-    expected = derivatives(lambda: F.layer_norm(x, (4,)) + bias, [x], contextlib.nullcontext(), 2)
-    found = derivatives(lambda: F.layer_norm(x, (4,), None, bias), [x], CheapSecondDerivatives(), 2)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
-def test_layer_norm_far_from_zero_is_as_exact_in_float32():
-    x = (tensor(8, 64).detach() + 100).float().requires_grad_()
-    weight = tensor(64, seed=1).detach().float().requires_grad_()
-
-    def product(x, weight, mode):
-        with mode:
-            value = F.layer_norm(x, (64,), weight).sin().sum()
-        gradient = torch.autograd.grad(value, (x, weight), create_graph=True)
-        return torch.autograd.grad(sum(g.sin().sum() for g in gradient), (x, weight))
-
-    exact = product(x.double(), weight.double(), contextlib.nullcontext())
-    own = product(x, weight, contextlib.nullcontext())
-    found = product(x, weight, CheapSecondDerivatives())
-    for a, b, c in zip(found, own, exact, strict=True):
-        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-6 * c.norm()
 
 
 MASKS = {
@@ -144,38 +98,153 @@ def test_attention_of_a_tensor_with_itself():
     assert_alike(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), [q])
 
 
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("other", [False, True])
+# ------------------------------------------------------------------------ nn.MultiheadAttention
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("the module's own forward was called")
+
+
+def booleans(*shape, every):
+    """Never a whole row."""
+    return torch.arange(math.prod(shape)).reshape(shape) % every == 1
+
+
+OTHERS = {
+    "itself": lambda x, y: (x, x, x),
+    "another": lambda x, y: (x, y, y),
+    "two others": lambda x, y: (x, y, y * 2),
+    "keys alone": lambda x, y: (x, x, x * 2),
+}
+# For 3 sequences of 4, or 5, places, and 2 heads.
+MODULE_MASKS = {
+    "none": lambda s: {},
+    "booleans": lambda s: {"attn_mask": booleans(4, s, every=3)},
+    "numbers": lambda s: {"attn_mask": tensor(4, s, seed=4).detach()},
+    "for each head": lambda s: {"attn_mask": booleans(6, 4, s, every=3)},
+    "padding": lambda s: {"key_padding_mask": booleans(3, s, every=4)},
+    "padding in numbers": lambda s: {"key_padding_mask": tensor(3, s, seed=4).detach()},
+    "both": lambda s: {
+        "attn_mask": booleans(4, s, every=3),
+        "key_padding_mask": booleans(3, s, every=7),
+    },
+    "causal": lambda s: {
+        "attn_mask": torch.ones(4, s, dtype=torch.bool).triu(1),
+        "is_causal": True,
+    },
+    "causal and padding": lambda s: {
+        "attn_mask": torch.ones(4, s, dtype=torch.bool).triu(1),
+        "key_padding_mask": booleans(3, s, every=4),
+        "is_causal": True,
+    },
+}
+
+
+@pytest.mark.parametrize("options", MODULE_MASKS.values(), ids=MODULE_MASKS)
+@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_multi_head_attention(weights, other, bias):
+def test_multi_head_attention(options, others, batch_first, bias):
     torch.manual_seed(0)
-    module = nn.MultiheadAttention(8, 2, batch_first=True, bias=bias).double()
-    x, y = tensor(3, 4, 8), tensor(3, 5, 8, seed=1)
+    module = nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=bias).double()
+    inputs = others(tensor(3, 4, 8), tensor(3, 5, 8, seed=1))
+    length = inputs[1].shape[1]
+    if not batch_first:
+        same = {id(t): t.transpose(0, 1) for t in inputs}
+        inputs = [same[id(t)] for t in inputs]
+    leaves = list(module.parameters())
+    calls = module.forward, multi_head_attention(module, refuse)
+    outs = [call(*inputs, need_weights=False, **options(length)) for call in calls]
+    assert outs[0][0].stride() == outs[1][0].stride()
+    assert outs[1][1] is None
+    expected, found = (
+        derivatives(lambda c=c: c(*inputs, need_weights=False, **options(length))[0], leaves, m, 2)
+        for c, m in zip(calls, (contextlib.nullcontext(), Substitution(REPLACING)), strict=True)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
-    def function():
-        return module(x, *([y, y] if other else [x, x]), need_weights=weights)[0]
 
-    leaves = [x, *([y] if other else []), *module.parameters()]
-    assert_alike(function, leaves, orders=(2, 3))
+def test_multi_head_attention_in_a_product_is_written_by_hand():
+    """In the module's own forward nothing would be replaced."""
+    module = nn.MultiheadAttention(8, 2)
+    x = torch.randn(4, 3, 8)
+    names = []
+    for forward in (module.forward, multi_head_attention(module, module.forward)):
+        with Substitution(REPLACING):
+            out, _ = forward(x, x, x, need_weights=False)
+        names.append({node.name() for node in nodes(out)})
+    assert "_AttentionBackward" in names[1] - names[0]
+
+
+MASK = torch.zeros(4, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ({}, {"need_weights": True}),
+        ({}, {"need_weights": False, "attn_mask": MASK[:3]}),
+        ({}, {"need_weights": False, "attn_mask": MASK.int()}),
+        ({}, {"need_weights": False, "key_padding_mask": MASK[:2]}),
+        ({}, {"need_weights": False, "is_causal": True}),
+        (
+            {},
+            {"need_weights": False, "attn_mask": MASK, "key_padding_mask": torch.zeros(3, 4)},
+        ),
+        ({}, {"need_weights": False, "nonsense": 1}),
+        ({"add_bias_kv": True}, {"need_weights": False}),
+        ({"add_zero_attn": True}, {"need_weights": False}),
+        ({"kdim": 8, "vdim": 7}, {"need_weights": False}),
+        ({"dropout": 0.5}, {"need_weights": False}),
+    ],
+)
+def test_what_is_left_to_the_modules_own_attention(module, call):
+    attention = nn.MultiheadAttention(8, 2, **module)
+    x = torch.ones(4, 3, 8)
+    own = multi_head_attention(attention, lambda *args, **kwargs: ("own", args, kwargs))
+    assert own(x, x, x, **call) == ("own", (x, x, x), call)
+
+
+class Derived(nn.MultiheadAttention):
+    pass
+
+
+def test_input_that_is_left_to_the_modules_own_attention():
+    plain = nn.MultiheadAttention(8, 2)
+
+    def left(*inputs, attention=plain):
+        return multi_head_attention(attention, lambda *args, **kwargs: "own")(
+            *inputs, need_weights=False
+        )
+
+    x = torch.ones(4, 3, 8)
+    assert left(x, x, x, attention=Derived(8, 2)) == "own"
+    assert left(x[0], x[0], x[0]) == "own"
+    assert left(x[..., :6], x, x) == "own"
+    assert left(x, x[:, :2], x[:, :2]) == "own"
+    assert left(x, x, x[:3]) == "own"
+    assert left(x.double(), x.double(), x.double()) == "own"
+    assert left(x[:0], x[:0], x[:0]) == "own"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert left(x, x, x) == "own"
+    assert left(x, x, x)[0].shape == x.shape
 
 
 def test_multi_head_attention_gives_pytorchs_own_messages():
     module = nn.MultiheadAttention(8, 2)
-    x = torch.ones(3, 4, 8)
-    with CheapSecondDerivatives(), pytest.raises(AssertionError, match="embedding dimension"):
-        module(torch.ones(3, 4, 6), x, x)
-    assert multi_head_attention.__code__ is F.multi_head_attention_forward.__code__
+    x, forward = torch.ones(3, 4, 8), multi_head_attention(module, module.forward)
+    with Substitution(REPLACING), pytest.raises(AssertionError, match="embedding dimension"):
+        forward(torch.ones(3, 4, 6), x, x, need_weights=False)
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, w, b: linear(x, w, b),
-        lambda x, w, b: layer_norm(x, (3,), w[0], b[:3]),
         lambda x, w, b: relu(torch.where(x > 0, x + 1, x - 1)),
         lambda x, w, b: scaled_dot_product_attention(x[None], (x @ w.t() @ w)[None], w[None, :2]),
     ],
-    ids=["linear", "layer norm", "relu", "attention"],
+    ids=["relu", "attention"],
 )
 def test_gradgradcheck(function):
     inputs = (tensor(2, 3), tensor(4, 3, seed=1), tensor(4, seed=2))
@@ -190,13 +259,7 @@ def test_gradgradcheck(function):
     [
         lambda x: relu(x, inplace=True),
         lambda x: relu(x.int()),
-        lambda x: linear(x, x[0]),
-        lambda x: linear(x, torch.ones(2, 7)),
-        lambda x: linear(x, x.half()),
-        lambda x: linear(x.half(), x.half()),
-        lambda x: layer_norm(x, (5,)),
-        lambda x: layer_norm(x, (4,), torch.ones(3)),
-        lambda x: layer_norm(x[:0], (4,)),
+        lambda x: relu(x.half().requires_grad_()),
         lambda x: scaled_dot_product_attention(x, x, x),
         lambda x: scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5),
         lambda x: scaled_dot_product_attention(x[None], x[None], x[None], enable_gqa=True),
@@ -219,14 +282,17 @@ def test_what_is_left_to_pytorch(call):
 def test_transforms_and_autocast_are_left_to_pytorch():
     x = tensor(3, 4).detach()
 
+    def attended(x):
+        return F.scaled_dot_product_attention(x, x, x)
+
     def hessian():
         function = torch.func.jacrev(lambda x: F.layer_norm(F.relu(x), (4,)).exp().sum())
         return torch.func.jacrev(function)(x)
 
-    with CheapSecondDerivatives():
+    with Substitution(REPLACING):
         found = hessian()
-        mapped = torch.func.vmap(lambda x: F.linear(x, x))(x[None])
+        mapped = torch.func.vmap(attended)(x[None, None])
     torch.testing.assert_close(found, hessian())
-    torch.testing.assert_close(mapped[0], x @ x.t())
+    torch.testing.assert_close(mapped[0], attended(x[None]))
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x.float(), x.float()) is None
+        assert scaled_dot_product_attention(*[x.float()[None]] * 3) is None

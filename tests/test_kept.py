@@ -11,8 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
-from flatminima.derivatives.substitution import CheapSecondDerivatives
+from flatminima.derivatives.hand_written import PIECES
+from flatminima.derivatives.substitution import Substitution
 from flatminima.operators.products import graph_cache as kept
+
+REPLACING = set(PIECES) - {"channels_last"}
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randn(24, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -168,7 +171,7 @@ def saved_bytes(model, batches):
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            with CheapSecondDerivatives():
+            with Substitution(REPLACING):
                 loss = nn.MSELoss()(model(x), y)
             held = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         total += sum(size for address, size in sizes.items() if address not in own)

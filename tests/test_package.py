@@ -221,6 +221,7 @@ def test_functions_take_their_subject_first_and_then_keywords_only(name):
         "match_weights": 2,
         "path_losses": 2,
         "plot": 2,
+        "pytorch_derivatives": 0,
         "sharpness": 3,
         "surface": 2,
         "token_weight": 0,

@@ -30,6 +30,7 @@ if TYPE_CHECKING or _SOURCE is None:
     from .algorithms.estimators.result import TraceResult as TraceResult
     from .algorithms.estimators.spectral_density import spectral_density as spectral_density
     from .algorithms.estimators.trace import trace as trace
+    from .derivatives.hand_written import pytorch_derivatives as pytorch_derivatives
     from .errors import (
         ArgumentTypeError as ArgumentTypeError,
     )

@@ -1,18 +1,23 @@
-"""Attention whose second derivative costs less than that of PyTorch's MATH kernel."""
+"""Attention with a second derivative that costs less than that of PyTorch's MATH kernel."""
 
 from __future__ import annotations
 
 import math
-import types
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from .eligibility import are_plain, gradients_of
-from .linear_layers import linear
+from .torch_private import (
+    SAFE_SOFTMAX,
+    SOFTMAX_BACKWARD,
+    has_equal_sizes,
+    is_pytorchs,
+)
 
 __all__ = ["multi_head_attention", "scaled_dot_product_attention"]
 
@@ -27,7 +32,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """As `F.scaled_dot_product_attention`; None for what is left to PyTorch, with its messages."""
+    """Compute `F.scaled_dot_product_attention`; None where PyTorch must compute it."""
     given = [query, key, value]
     if not are_plain(given) or query.dtype not in (torch.float32, torch.float64):
         return None
@@ -62,7 +67,7 @@ def scaled_dot_product_attention(
 
 
 def _added(mask: Any, query: Tensor) -> Tensor | None:
-    """A mask as what is added to the scores."""
+    """Return a mask as numbers to add to the scores."""
     if not isinstance(mask, Tensor) or mask.requires_grad or mask.device != query.device:
         return None
     if mask.dtype == torch.bool:
@@ -75,7 +80,7 @@ def _added(mask: Any, query: Tensor) -> Tensor | None:
 
 
 class _Attention(Function):
-    """q, k, v → the output, and p, whose adjoint the second derivative has a share in."""
+    """(q, k, v) → the output and p; the second derivative has a term by p."""
 
     @staticmethod
     def forward(
@@ -99,7 +104,7 @@ class _Attention(Function):
         if d_out is None and d_p is None:
             return (None,) * 6
         if torch.is_grad_enabled():
-            # Without d_p, which comes of passes without a graph alone.
+            # d_p arises only in passes that record no graph.
             found = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
                 d_out, q, k, v, p, mask, ctx.scale, ctx.lead
             )
@@ -110,7 +115,7 @@ class _Attention(Function):
                 d_v = p.transpose(1, 2) @ d_out
                 d_p = d_out @ turned if d_p is None else torch.baddbmm(d_p, d_out, turned)
             assert d_p is not None
-            d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+            d_scores = SOFTMAX_BACKWARD(d_p, p, -1, p.dtype)
             found = (*_by_scores(d_scores, q, k, ctx.scale), d_v)
         return (*found, None, None, None)
 
@@ -121,8 +126,8 @@ def _softmax(
     if mask is None:
         return ((q * scale) @ k.transpose(1, 2)).softmax(-1)
     scores = ((q * scale) @ k.transpose(1, 2)).view(*lead, q.shape[1], k.shape[1])
-    # Zeros for rows that are masked as a whole, as PyTorch has it.
-    p: Tensor = torch.ops.aten._safe_softmax.default(scores + mask, -1)
+    # Zeros for rows that are masked as a whole, as in PyTorch.
+    p: Tensor = SAFE_SOFTMAX(scores + mask, -1)
     return p.view(-1, *p.shape[-2:])
 
 
@@ -166,7 +171,7 @@ class _AttentionBackward(Function):
         scale = ctx.scale
         given = (g_q, g_k, g_v)
         if torch.is_grad_enabled():
-            # A derivative more, of which PyTorch takes care.
+            # The third derivative is left to PyTorch.
             def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return _softmax(q, k, mask, scale, ctx.lead) @ v
 
@@ -191,7 +196,7 @@ class _AttentionBackward(Function):
             g_scores.sub_(moved.sum(-1, keepdim=True))
             torch.mul(g_scores, p, out=moved)
             g_out, by_v = moved @ v, moved.transpose(1, 2) @ d_out
-            # Up to a constant in each row, which has no effect through the softmax.
+            # Up to a constant in each row, which the softmax ignores.
             g_p = g_scores.mul_(centred)
         if g_v is not None:
             turned = g_v.transpose(1, 2)
@@ -200,40 +205,125 @@ class _AttentionBackward(Function):
         return g_out, by_q, by_k, by_v, g_p, None, None, None
 
 
+def multi_head_attention(
+    module: nn.MultiheadAttention, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a forward for `nn.MultiheadAttention` that calls simpler functions of PyTorch.
+
+    PyTorch's own forward calls them inside `F.multi_head_attention_forward`, where a
+    `TorchFunctionMode` cannot replace them.
+
+    Args:
+        module: the module, examined at each call.
+        forward: its own forward, called for everything that is not treated here: attention
+            weights, sizes that differ between queries, keys and values, `add_bias_kv`,
+            `add_zero_attn`, dropout in training mode, autocast, input without a batch dimension,
+            input that does not fit, and functions of PyTorch that another library has wrapped.
+
+    Returns:
+        A function with the arguments of `forward`.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        found = _attended(module, args, kwargs) if _is_treated(module) else None
+        return forward(*args, **kwargs) if found is None else (found, None)
+
+    return run
+
+
+def _is_treated(module: nn.MultiheadAttention) -> bool:
+    return (
+        type(module) is nn.MultiheadAttention
+        and is_pytorchs(nn.MultiheadAttention.forward, nn.modules.activation)
+        and is_pytorchs(F.multi_head_attention_forward, F)
+        and has_equal_sizes(module)
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and not (module.dropout and module.training)
+    )
+
+
+_NAMES = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+_OTHERS = ("average_attn_weights", "is_causal")
+
+
+def _attended(
+    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The output of a call; None where the module's own forward must compute it."""
+    given = dict(zip((*_NAMES, *_OTHERS), args, strict=False)) | dict(kwargs)
+    if len(args) > len(_NAMES + _OTHERS) or not given.keys() <= {*_NAMES, *_OTHERS}:
+        return None
+    if given.get("need_weights", True):
+        return None
+    inputs: list[Any] = [given.get(n) for n in _NAMES[:3]]
+    query, key, value = inputs
+    if not are_plain([*inputs, module.in_proj_weight]) or any(t.is_nested for t in inputs):
+        return None
+    time, size = (1 if module.batch_first else 0), module.embed_dim
+    if any(t.dim() != 3 or t.shape[2] != size or not t.numel() for t in inputs):
+        return None
+    count, rows, columns = query.shape[1 - time], query.shape[time], key.shape[time]
+    if key.shape != value.shape or key.shape[1 - time] != count:
+        return None
+    masks = [given.get("attn_mask"), given.get("key_padding_mask")]
+    causal = bool(given.get("is_causal", False))
+    if causal and masks[0] is None:
+        return None
+    mask: Any = None
+    # PyTorch takes is_causal for a description of attn_mask, where there is no other mask.
+    causal = causal and masks[1] is None
+    if not causal:
+        mask = _merged(masks, (count, module.num_heads, rows, columns), query.dtype)
+        if mask is False:
+            return None
+    q, k, v = _projected(module, inputs, time)
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal)
+    # In the memory layout of PyTorch's own, which views of the output may depend on.
+    flat = out.permute(2, 0, 1, 3).reshape(rows * count, size)
+    out = F.linear(flat, module.out_proj.weight, module.out_proj.bias).view(rows, count, size)
+    return out.transpose(0, 1) if time else out
+
+
 def _projected(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """As PyTorch's, whose gradient fills three tensors with zeros and adds them up."""
-    if q is k and k is v:
-        return tuple(t.contiguous() for t in _linear(q, weight, bias).chunk(3, -1))
-    own: tuple[Tensor, ...] = _PYTORCHS(q, k, v, weight, bias)
-    return own
+    module: nn.MultiheadAttention, inputs: Sequence[Tensor], time: int
+) -> Sequence[Tensor]:
+    """Queries, keys and values, each of shape (batch, heads, time, size of a head)."""
+    weight, bias, heads = module.in_proj_weight, module.in_proj_bias, module.num_heads
+    if inputs[0] is inputs[1] is inputs[2]:
+        packed = F.linear(inputs[0], weight, bias)
+        packed = packed.view(*packed.shape[:2], 3, heads, -1)
+        return packed.permute(2, 1 - time, 3, time, 4).contiguous().unbind()
+    biases = [None] * 3 if bias is None else bias.chunk(3)
+    return [
+        F.linear(t, w, b).view(*t.shape[:2], heads, -1).permute(1 - time, 2, time, 3)
+        for t, w, b in zip(inputs, weight.chunk(3), biases, strict=True)
+    ]
 
 
-def _linear(*args: Any) -> Tensor:
-    found = linear(*args)
-    return F.linear(*args) if found is None else found
-
-
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    found = scaled_dot_product_attention(*args, **kwargs)
-    return F.scaled_dot_product_attention(*args, **kwargs) if found is None else found
-
-
-_PYTORCHS: Any = getattr(F, "_in_projection_packed", None)
-_FORWARD = F.multi_head_attention_forward
-
-multi_head_attention: Any = types.FunctionType(
-    _FORWARD.__code__,
-    {
-        **vars(F),
-        "has_torch_function": lambda _: False,
-        "_in_projection_packed": _projected,
-        "linear": _linear,
-        "scaled_dot_product_attention": _attention,
-    },
-    _FORWARD.__name__,
-    _FORWARD.__defaults__,
-    _FORWARD.__closure__,
-)
-"""`F.multi_head_attention_forward` as it is, but for the functions that it calls."""
+def _merged(
+    masks: Sequence[Any], shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> Tensor | Literal[False] | None:
+    """The mask for the heads and the mask for padding as one; False where they do not fit."""
+    count, heads, rows, columns = shape
+    allowed: list[dict[tuple[int, ...], tuple[int, ...]]] = [
+        {(rows, columns): (1, 1, rows, columns), (count * heads, rows, columns): shape},
+        {(count, columns): (count, 1, 1, columns)},
+    ]
+    found: list[Tensor] = []
+    kinds = set()
+    for mask, shapes in zip(masks, allowed, strict=True):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, dtype):
+            return False
+        wanted = shapes.get(tuple(mask.shape))
+        if wanted is None:
+            return False
+        kinds.add(mask.dtype)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+        found.append(mask.reshape(wanted))
+    if len(kinds) > 1:
+        return False  # PyTorch warns of it
+    return sum(found[1:], found[0]) if found else None

@@ -1,4 +1,4 @@
-"""Batch norm with given statistics and ReLU, with second derivatives of few passes."""
+"""Batch norm with fixed statistics, with a second derivative of few passes over the activations."""
 
 from __future__ import annotations
 
@@ -9,31 +9,48 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .eligibility import are_plain, have_values
+from .torch_private import BATCH_NORM_BACKWARD
 
-__all__ = ["fixed_norm", "relu"]
-
-
-def fixed_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> Tensor:
-    """Batch norm with given statistics, which are taken for constants; (N, C, *)."""
-    weight = torch.ones_like(mean) if weight is None else weight
-    bias = torch.zeros_like(mean) if bias is None else bias
-    out: Tensor = _FixedNorm.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]
-    return out
+__all__ = ["batch_norm"]
 
 
-def relu(input: Any, inplace: bool = False) -> Tensor | None:  # noqa: A002
-    """As `F.relu`, of what has a derivative; None for what is left to PyTorch."""
-    if not (are_plain([input]) and input.requires_grad):
+def batch_norm(
+    input: Any,  # noqa: A002
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Compute `F.batch_norm` in evaluation mode; None where PyTorch must compute it.
+
+    PyTorch differentiates it twice by the general formula, in some ten passes over the
+    activations. With fixed statistics it is a multiplication and an addition.
+    """
+    given = [t for t in (input, running_mean, running_var, weight, bias) if t is not None]
+    if training or running_mean is None or running_var is None or not are_plain(given):
         return None
     if input.dtype not in (torch.float32, torch.float64):
+        return None  # PyTorch adds up in a wider type
+    if input.dim() < 2 or any(t.shape != input.shape[1:2] for t in given[1:]):
         return None
-    # Views and leaves have rules of their own about writing to them.
-    if inplace and (not have_values([input]) or input.is_leaf or input._is_view()):
-        return None
-    out: Tensor = _Relu.apply(input, inplace)  # type: ignore[no-untyped-call]
-    return out
+    constant = not (running_mean.requires_grad or running_var.requires_grad)
+    if constant and input.device.type == "cpu" and have_values(given):
+        gain = torch.ones_like(running_mean) if weight is None else weight
+        shift = torch.zeros_like(running_mean) if bias is None else bias
+        found: Tensor = _FixedNorm.apply(  # type: ignore[no-untyped-call]
+            input, gain, shift, running_mean, running_var, eps
+        )
+        return found
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    scale = torch.rsqrt(running_var + eps)
+    if weight is not None:
+        scale = weight * scale
+    # Centred first: otherwise the sums for the weight's derivative would cancel.
+    out: Tensor = (input - running_mean.view(shape)) * scale.view(shape)
+    return out if bias is None else out + bias.view(shape)
 
 
 class _FixedNorm(Function):
@@ -53,7 +70,7 @@ class _FixedNorm(Function):
 
 
 class _FixedNormBackward(Function):
-    """The gradients that are wanted by x, weight and bias."""
+    """The wanted gradients by x, weight and bias."""
 
     @staticmethod
     def forward(
@@ -121,51 +138,19 @@ def _sums(
     eps: float,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """By channel, of d_out · (x − mean) / sqrt(var + eps) and of d_out, in one pass."""
+    """Sums over each channel of d_out · (x − mean) / sqrt(var + eps) and of d_out, in one pass."""
     if not any(wanted):
         return None, None
-    _, first, second = torch.ops.aten.native_batch_norm_backward.default(
+    _, first, second = BATCH_NORM_BACKWARD(
         d_out, x, weight, mean, var, None, None, False, eps, [False, *wanted]
     )
     return (first if wanted[0] else None), (second if wanted[1] else None)
 
 
 def _lying_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """In the order of memory in which kernels go through both at once."""
+    """A tensor in the memory layout of another, so that kernels read both in one pass."""
     if tensor.stride() == other.stride():
         return tensor
     if other.dim() == 4 and not other.is_contiguous():
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor.contiguous()
-
-
-class _Relu(Function):
-    """PyTorch adds the second derivative by the result, which is zero, in two more passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        if inplace:
-            ctx.mark_dirty(x)
-        out = x.relu_() if inplace else x.relu()
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        (out,) = ctx.saved_tensors
-        return _Masked.apply(d_out, out.detach()), None  # type: ignore[no-untyped-call]
-
-
-class _Masked(Function):
-    """The first where the second, which is a constant, is above zero."""
-
-    @staticmethod
-    def forward(ctx: Any, d_out: Tensor, out: Tensor) -> Tensor:
-        ctx.save_for_backward(out)
-        found: Tensor = torch.ops.aten.threshold_backward.default(d_out, out, 0)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (out,) = ctx.saved_tensors
-        return _Masked.apply(g, out), None  # type: ignore[no-untyped-call]

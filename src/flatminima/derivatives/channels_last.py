@@ -1,4 +1,4 @@
-"""Activations kept channels last in memory, unseen by whatever looks at how they lie there."""
+"""Activations kept channels last in memory, hidden from everything that depends on their layout."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _MARK = "_flatminima_channels_last"
 
 
 def is_marked(tensor: Tensor) -> bool:
-    """Whether it lies channels last only because this library has made it so."""
+    """Return whether this library, not the user, made a tensor channels last."""
     return getattr(tensor, _MARK, False)
 
 
 def marked(out: Any, given: Iterable[Any] = ()) -> Any:
-    """What a function gave, made of activations that lie channels last, with its tensors marked.
+    """Return what a function computed from activations that lie channels last, marked as such.
 
     Args:
-        out: a tensor, or some in tuples.
-        given: its arguments, which may be among its results.
+        out: a tensor, or tensors in tuples.
+        given: the arguments of the function, which may be among its results.
     """
     if isinstance(out, (tuple, list)):
         return type(out)(marked(t, given) for t in out)
@@ -42,18 +42,17 @@ def followed(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call one of PyTorch's functions such that nothing but time depends on marked activations.
+    """Call a function of PyTorch so that marked activations change nothing but the time.
 
-    Functions of numbers at each place, and those of images, take them as they lie. Before any
-    other function they are made to lie as usual: views, random numbers drawn for each entry, and
-    strides are then what they always are. The tensor itself is changed, so that writes to its
-    views reach it.
+    Elementwise functions and those of images get them channels last. For any other function the
+    usual layout is restored first, so that views, strides and random numbers drawn for each entry
+    are the usual ones. The tensor itself is changed, so that writes to its views reach it.
 
     Args:
-        func: which one.
-        compute: calls it, or what takes its place, given `func` and the rest.
+        func: the function.
+        compute: calls the function, or its replacement, given `func`, `args` and `kwargs`.
         args: its arguments.
-        kwargs: its arguments by name.
+        kwargs: its keyword arguments.
     """
     if func in _BLIND or (func in _DROPOUTS and _is_idle(*args, **kwargs)):
         return compute(func, args, kwargs)
@@ -61,7 +60,7 @@ def followed(
     own = [t for t in given if is_marked(t)]
     if not own:
         return compute(func, args, kwargs)
-    # Beside a tensor that lies in a third way, how results lie would be another than usual.
+    # Together with a tensor in a third layout, results would not have their usual one.
     if func not in _FOLLOWING or "out" in kwargs or any(_is_strange(t) for t in given):
         for tensor in own:
             _lay_out(tensor)
@@ -70,7 +69,7 @@ def followed(
 
 
 def _lay_out(tensor: Tensor) -> None:
-    """Make it lie as usual; its graph, and what the graph has saved of it, stay as they are."""
+    """Restore the usual layout; the graph, and what it has saved of the tensor, do not change."""
     tensor.data = tensor.detach().contiguous()
     setattr(tensor, _MARK, False)
 
@@ -97,7 +96,7 @@ def _is_idle(
     training: Any = True,
     inplace: Any = False,  # noqa: ARG001
 ) -> bool:
-    """Whether dropout gives its argument as it is."""
+    """Whether dropout returns its argument unchanged."""
     return training is False
 
 
@@ -105,7 +104,7 @@ def _named(names: str, *places: Any) -> list[Any]:
     return [getattr(place, n) for n in names.split() for place in places if hasattr(place, n)]
 
 
-# What says nothing of how a tensor lies.
+# Functions that do not depend on the layout.
 _BLIND = frozenset(
     [
         *_named(
@@ -123,7 +122,7 @@ _BLIND = frozenset(
     ]
 )
 
-# What gives the same numbers, but for rounding, and draws none; none of these gives views.
+# Functions that return the same numbers up to rounding, draw none, and return no views.
 _FOLLOWING = frozenset(
     [
         *_named("conv2d batch_norm max_pool2d avg_pool2d adaptive_avg_pool2d", F),

@@ -1,4 +1,4 @@
-"""Which calls may go to functions of this package's own in place of PyTorch's."""
+"""Which tensors the hand-written derivatives can be used for."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["are_plain", "gradients_of", "have_values", "in_transform"]
+from .torch_private import in_transform
 
-
-def in_transform() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is under way.
-
-    Neither goes through an `autograd.Function` that has no rule for it.
-    """
-    level: int = torch.autograd.forward_ad._current_level
-    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
+__all__ = ["are_plain", "gradients_of", "have_values"]
 
 
 def are_plain(tensors: Sequence[Any]) -> bool:
-    """Dense tensors of one type and device, without autocast that would change the type."""
+    """Return whether these are dense tensors of one type and device, not changed by autocast."""
     return (
         not in_transform()
         and all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors)
@@ -31,7 +24,7 @@ def are_plain(tensors: Sequence[Any]) -> bool:
 
 
 def have_values(tensors: Sequence[Any]) -> bool:
-    """Whether none is of a type of its own, such as those that operations are traced with."""
+    """Return whether these are ordinary tensors, not of a subclass as in tracing."""
     return all(type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
@@ -41,16 +34,16 @@ def gradients_of(
     cotangents: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Jᵀ u by autograd, as something to be differentiated again.
+    """Return Jᵀ u by autograd, with a graph.
 
     Args:
-        function: (inputs) → a tensor or several.
-        inputs: where.
+        function: maps the inputs to a tensor, or to several.
+        inputs: where to differentiate.
         cotangents: u, one for each result; None for zeros.
         wanted: which inputs to differentiate by.
     """
     with torch.enable_grad():
-        # Views, so that a tensor given twice is two inputs.
+        # Views, so that a tensor given twice counts as two inputs.
         own = [None if t is None else t.view_as(t) for t in inputs]
         found = function(*own)
         results = [found] if isinstance(found, Tensor) else list(found)

@@ -1,4 +1,4 @@
-"""First derivatives where `torch.autograd.grad` is refused."""
+"""First derivatives where `torch.autograd.grad` does not work."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
+from .torch_private import is_reentrant_checkpoint, leaf_of
+
 __all__ = ["accumulated", "checkpoints_reentrantly", "nodes"]
 
 
 def checkpoints_reentrantly(loss: Tensor) -> bool:
-    """Whether reentrant checkpointing took part, which knows `.backward()` alone.
+    """Return whether a graph contains reentrant checkpointing, which supports `.backward()` only.
 
-    `torch.autograd.grad` complains of it only on the way to the checkpointed block's input; the
-    block's own parameters it silently takes for unused.
+    `torch.autograd.grad` raises an error only for derivatives by the checkpointed block's input.
+    The block's own parameters it silently treats as unused.
     """
-    return any(node.name() == "CheckpointFunctionBackward" for node in nodes(loss))
+    return any(map(is_reentrant_checkpoint, nodes(loss)))
 
 
 def nodes(*tensors: Tensor) -> Iterator[Any]:
-    """The nodes of the graphs of some tensors."""
+    """Yield the nodes of the graphs of some tensors, each once."""
     seen: set[Any] = set()
     waiting: list[Any] = [t.grad_fn for t in tensors]
     while waiting:
@@ -35,16 +37,16 @@ def nodes(*tensors: Tensor) -> Iterator[Any]:
 def accumulated(
     loss: Tensor, leaves: Sequence[Tensor], others: Iterable[Tensor], *, keep: bool = False
 ) -> list[Tensor | None]:
-    """The gradients by `leaves`, private tensors, through `.backward()` and their `.grad`.
+    """Return the gradients by `leaves`, private tensors, computed by `.backward()`.
 
     Args:
-        loss: scalar with its graph.
-        leaves: what it is differentiated by.
-        others: tensors that the graph may reach unseen, inside of what is checkpointed. Their
-            `.grad`, and that of every other leaf of the graph, is put aside meanwhile.
-        keep: whether the graph is to serve once more.
+        loss: a scalar with its graph.
+        leaves: the tensors to differentiate by.
+        others: tensors that the graph may reach inside checkpointed blocks. Their `.grad`, and
+            that of every other leaf of the graph, is put back afterwards.
+        keep: keep the graph for another use.
     """
-    reached = (getattr(node, "variable", None) for node in nodes(loss))
+    reached = map(leaf_of, nodes(loss))
     tensors = {id(t): t for t in [*others, *reached, *leaves] if isinstance(t, Tensor)}
     kept = [(t, t.grad) for t in tensors.values()]
     try:

@@ -1,4 +1,4 @@
-"""LSTM layers whose second derivative costs a few operations for each time step."""
+"""LSTM layers with a second derivative of a few operations for each time step."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .eligibility import in_transform
+from .torch_private import in_transform, is_pytorchs, names_of_weights
 
 __all__ = ["twice_differentiable"]
 
 
 def twice_differentiable(module: nn.RNNBase, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward for `module` that equals its own and is cheap to differentiate twice.
+    """Return a forward for a module that equals its own and is cheap to differentiate twice.
 
     PyTorch's own LSTM without fused kernels runs some twenty small operations for each time step,
-    whose second derivative has some hundred and thirty. Here the loop over time holds the
-    recurrence alone, in about five operations; all else is done for the whole sequence at once.
+    and its second derivative some hundred and thirty. Here the loop over time contains only the
+    recurrence, in about five operations; everything else is done for the whole sequence at once.
 
     Args:
-        module: whose forward is replaced, looked at when it is called.
-        forward: its own, for the cases that are not treated here: other kinds than `nn.LSTM` and
-            classes derived from it, packed sequences, projections (`proj_size`), dropout in
-            training mode, half precision and autocast, input that is a leaf of the graph, and
-            input that does not fit, of which it has the messages.
+        module: the module whose forward is replaced, examined at each call.
+        forward: its own forward, called for everything that is not treated here: modules other
+            than `nn.LSTM` and its subclasses, packed sequences, projections (`proj_size`),
+            dropout in training mode, half precision, autocast, input that is a leaf of the graph,
+            input that does not fit (for PyTorch's error), and a forward of `nn.LSTM` that another
+            library has wrapped.
 
     Returns:
         A function with the arguments of `forward`.
@@ -44,7 +45,7 @@ def twice_differentiable(module: nn.RNNBase, forward: Callable[..., Any]) -> Cal
 
 
 def _arguments(*args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
-    """The input and the initial state of a call as `nn.LSTM` takes it."""
+    """The input and the initial state of a call of `nn.LSTM`."""
     names = ("input", "hx")
     given = dict(zip(names, args, strict=False)) | kwargs
     if len(args) > 2 or "input" not in given or not given.keys() <= set(names):
@@ -56,12 +57,13 @@ def _is_treated(module: nn.RNNBase, x: Any, hx: Any) -> bool:
     if (
         in_transform()
         or type(module) is not nn.LSTM
+        or not is_pytorchs(nn.LSTM.forward, nn.modules.rnn)
         or module.proj_size
         or not isinstance(x, Tensor)
     ):
         return False
     if x.requires_grad and x.is_leaf:
-        return False  # a loss that differentiates by the input takes one derivative more
+        return False  # a loss that differentiates by the input needs a third derivative
     if (module.dropout and module.training) or torch.is_autocast_enabled(x.device.type):
         return False
     if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or not x.numel():
@@ -80,13 +82,13 @@ def _is_treated(module: nn.RNNBase, x: Any, hx: Any) -> bool:
 
 
 def _weights(module: nn.RNNBase) -> list[Tensor]:
-    return [getattr(module, name) for names in module._all_weights for name in names]
+    return [getattr(module, name) for names in names_of_weights(module) for name in names]
 
 
 def _lstm(
     module: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As `nn.LSTM`, whose documentation has the shapes."""
+    """Compute `nn.LSTM`; its documentation has the shapes."""
     batched = x.dim() == 3
     if not batched:
         x = x.unsqueeze(1)
@@ -103,7 +105,7 @@ def _lstm(
         outputs = []
         for direction in range(directions):
             number = layer * directions + direction
-            w_ih, w_hh, *biases = (getattr(module, n) for n in module._all_weights[number])
+            w_ih, w_hh, *biases = (getattr(module, n) for n in names_of_weights(module)[number])
             inputs = F.linear(x, w_ih, biases[0] + biases[1] if biases else None)
             if direction:
                 inputs = inputs.flip(0)
@@ -123,12 +125,12 @@ def _lstm(
     return x, (states[0], states[1])
 
 
-# Names below: `gates` holds i, f, g, o after their sigmoids and tanh, (T, N, 4 H); a name that
-# begins with d_ is an adjoint of the gradient's own computation, one with g_ an adjoint of that.
+# Below, `gates` holds i, f, g, o after their sigmoids and tanh, (T, N, 4 H). A name with d_ is an
+# adjoint in the computation of the gradient, one with g_ an adjoint in that of the product.
 
 
 class _Layer(Function):
-    """(T, N, 4 H) inputs, the first states, W_hh → hidden states, cells and gates at each time."""
+    """Inputs (T, N, 4 H), initial states and W_hh → hidden states, cells and gates at each time."""
 
     @staticmethod
     def forward(
@@ -161,7 +163,7 @@ class _Layer(Function):
         if d_hidden is None and d_cells is None and d_gates is None:
             return (None,) * 4
         if ctx.factors is None:
-            # Constants of the gradient's recurrence, kept for the passes that follow.
+            # Constants in the gradient's recurrence, kept for later passes.
             with torch.no_grad():
                 ctx.factors = _Factors(gates, cells, c0)
         d_inputs, d_c0 = _LayerBackward.apply(  # type: ignore[no-untyped-call]
@@ -174,11 +176,11 @@ class _Layer(Function):
 
 
 class _Factors:
-    """What the recurrences of the derivatives multiply by, for all times at once.
+    """The factors in the recurrences of the derivatives, for all times at once.
 
-    Of shape (T, N, 4, H): the gates' derivatives, `slopes`; these times what each gate is
-    multiplied by, `slopes_partners`; how these change with the gate itself, `curves`. Of shape
-    (T, N, H): the derivative of h by c, `by_c`; `m`, tanh c; the output and the forget gate.
+    Of shape (T, N, 4, H): `slopes`, the gates' derivatives; `slopes_partners`, these times what
+    each gate multiplies; `curves`, the derivative of those by the gate. Of shape (T, N, H):
+    `by_c`, the derivative of h by c; `m`, tanh c; the output gate and the forget gate.
     """
 
     def __init__(self, gates: Tensor, cells: Tensor, c0: Tensor) -> None:
@@ -201,7 +203,7 @@ def _quads(gates: Tensor) -> Tensor:
 
 
 class _LayerBackward(Function):
-    """The gradient by the inputs and by c0, as a function that has a derivative itself."""
+    """The gradient by the inputs and by c0, as a function with a derivative."""
 
     @staticmethod
     def forward(
@@ -232,9 +234,9 @@ class _LayerBackward(Function):
             inputs.append(spread * by if own is None else torch.addcmul(own[t], spread, by))
             d_c = d_c * factors.f[t]
         d_inputs = torch.stack(inputs[::-1]).flatten(-2)
-        if again:  # it is going to be differentiated
+        if again:  # it will be differentiated
             ctx.save_for_backward(
-                # The factors too, so that their memory can be counted.
+                # The factors too, so that their memory is counted.
                 *(weight, c0, d_gates, d_inputs, torch.stack(spreads[::-1])),
                 *vars(factors).values(),
             )
@@ -263,8 +265,8 @@ class _LayerBackward(Function):
             hs.append(g_h)
         a, all_c, g_hidden = _quads(torch.stack(inputs)), torch.stack(cs), torch.stack(hs)
         g_c, d_c, d_h, m = all_c[1:], spreads[:, :, 0], spreads[:, :, 3], factors.m
-        # Each gate acts through its own slope, and as the partner of another. In place, as fresh
-        # memory for tensors of this size takes longer than the multiplications.
+        # Each gate acts through its own slope, and as the partner of another gate. In place,
+        # because allocating tensors of this size takes longer than multiplying them.
         g_gates = a * spreads
         own = g_gates * factors.slopes
         g_gates.mul_(factors.curves)

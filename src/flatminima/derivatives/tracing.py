@@ -1,4 +1,4 @@
-"""Which module made which operation of a graph, and which of them lack a second derivative."""
+"""Which modules made the operations of a graph, and which have no second derivative."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..support.trees import tensors_in
+from .torch_private import (
+    is_fused_weight_norm,
+    is_once_differentiable,
+    leaf_of,
+    node_function,
+    readable_function,
+)
 
 __all__ = ["LOSS", "GraphTrace", "operation_name"]
 
@@ -20,25 +27,25 @@ MODEL = "the model itself"
 
 
 class GraphTrace:
-    """While it is entered, the nodes of the graphs that a model makes are labelled by module.
+    """A context in which the nodes of a model's graphs are labelled by module.
 
     Args:
-        model: whose submodules give the labels.
+        model: the model; the names of its submodules are the labels.
 
     Attributes:
-        functions: the user's own `autograd.Function` classes met so far, each with the module
+        functions: the user's own `autograd.Function` classes seen so far, each with the module
             that applied it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {m: n or MODEL for n, m in model.named_modules()}
-        # The nodes themselves, since an id alone may be given to another node.
+        # The nodes themselves, because an id may be reused for another node.
         self._labels: dict[Any, str] = {}
         self._dependent: set[Any] = set()
         self.functions: dict[str, str] = {}
 
     def __enter__(self) -> GraphTrace:
-        # Not a global hook, of which torch.compile would warn.
+        # Not a global hook: torch.compile would warn.
         self._hooks: list[RemovableHandle] = []
         try:
             for module in self._names:
@@ -65,14 +72,14 @@ class GraphTrace:
 
     def _label(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self._names[module]
-        # Nodes before this module's input are some other's.
+        # Nodes before this module's input belong to other modules.
         border = set(_nodes_of((args, kwargs)))
         self._spread(_nodes_of(output), name, border)
 
     def _spread(self, start: Sequence[Any], name: str, border: set[Any]) -> None:
-        """Label what has no label yet between `start` and `border`.
+        """Label the nodes between `start` and `border` that have no label yet.
 
-        Through what an inner module made already, since its caller's own lies behind it too.
+        Labelled nodes of inner modules are passed through: nodes of their caller lie behind them.
         """
         seen = set(border)
         waiting = list(start)
@@ -87,47 +94,48 @@ class GraphTrace:
     def refusal(
         self, loss: Tensor | Sequence[Tensor], leaves: Sequence[Tensor]
     ) -> tuple[str, str] | None:
-        """An operation without second derivative that PyTorch may not complain of, and its module.
+        """Return an operation without second derivative, and its module, if PyTorch may not say so.
 
-        Past a function marked as once_differentiable PyTorch prunes the graph, which silently
-        leaves out a part of the second derivative. Functions that do not depend on `leaves` are
-        passed over; of reentrant checkpointing that cannot be told.
+        PyTorch cuts the graph at a function marked as once_differentiable, and silently leaves
+        out a part of the second derivative. Functions that do not depend on `leaves` are ignored,
+        except for reentrant checkpointing, where the graph does not show it.
         """
         self._spread(_nodes_of(loss), LOSS, set())
         self._dependent = dependent = _leading_to(loss, leaves)
         found = None
         for node, module in self._labels.items():
-            function = getattr(node, "_forward_cls", None)
+            function = node_function(node)
             if function is not None and function.__name__ == "CheckpointFunction":
                 found = ("torch.utils.checkpoint with use_reentrant=True", module)
             if node not in dependent:
                 continue
-            if node.name() == "WeightNormInterfaceBackward0":
-                # Right only where the evaluation could see it coming and has replaced it.
+            if is_fused_weight_norm(node):
+                # It would have been replaced if the evaluation had seen it in a module.
                 found = ("weight_norm", module)
             if function is None:
                 continue
-            if _is_once_differentiable(function):
+            name, pytorchs = readable_function(function)
+            if is_once_differentiable(function):
                 found = (function.__name__, module)
-            elif not _is_torchs_own(function):
-                self.functions[_readable(function)] = module
+            elif not pytorchs and not function.__module__.startswith(f"{__package__}."):
+                self.functions[name] = module
         return found
 
     def place(self, operation: str) -> str:
-        """The module that called `operation`, a name from `operation_name`; "" if unknown."""
+        """Return the module that called an operation, named by `operation_name`; "" if unknown."""
         wanted = _key(operation)
         places = (m for n, m in self._labels.items() if n in self._dependent)
         names = (_key(n.name()) for n in self._labels if n in self._dependent)
         return next((m for m, key in zip(places, names, strict=True) if key == wanted), "")
 
     def forget(self) -> None:
-        """Let the graph go, whose labels hold on to it."""
+        """Release the graph, which the labels keep alive."""
         self._labels.clear()
         self._dependent = set()
 
 
 def operation_name(said: str) -> str:
-    """The operation in PyTorch's name for its derivative, `aten::_ctc_loss_backward`."""
+    """Return the operation from the name of its derivative, such as `aten::_ctc_loss_backward`."""
     return said.removeprefix("aten::").removesuffix("_backward").strip("_")
 
 
@@ -137,7 +145,7 @@ def _key(name: str) -> str:
 
 
 def _leading_to(loss: Tensor | Sequence[Tensor], leaves: Sequence[Tensor]) -> set[Any]:
-    """The nodes of a graph from which its edges lead to one of the leaves."""
+    """The nodes of a graph that depend on one of the leaves."""
     wanted = {id(leaf) for leaf in leaves}
     order: list[Any] = []
     seen: set[Any] = set()
@@ -152,7 +160,7 @@ def _leading_to(loss: Tensor | Sequence[Tensor], leaves: Sequence[Tensor]) -> se
     for node in order:
         for following, _ in node.next_functions:
             before.setdefault(following, []).append(node)
-    waiting = [n for n in order if id(getattr(n, "variable", None)) in wanted]
+    waiting = [n for n in order if id(leaf_of(n)) in wanted]
     found = set(waiting)
     while waiting:
         for node in before.get(waiting.pop(), ()):
@@ -168,19 +176,3 @@ def _nodes_of(data: Any) -> list[Any]:
 
 def _tensors(data: Any) -> Iterator[Tensor]:
     return (t for t in tensors_in(data) if isinstance(t, Tensor))
-
-
-def _is_torchs_own(function: type) -> bool:
-    """Whether PyTorch answers for the derivatives; custom operators are registered in its name."""
-    module = function.__module__
-    return module.startswith(("torch.", f"{__package__}.")) and "_library" not in module
-
-
-def _readable(function: type) -> str:
-    return function.__name__.removeprefix("GeneratedBackwardFor_")
-
-
-def _is_once_differentiable(function: type) -> bool:
-    backward = getattr(function, "backward", None)
-    wrapper = getattr(backward, "__globals__", {}).get("__name__")
-    return hasattr(backward, "__wrapped__") and wrapper == "torch.autograd.function"

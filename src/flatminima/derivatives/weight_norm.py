@@ -1,34 +1,29 @@
-"""Weight norm with a right second derivative."""
+"""Weight norm with a correct second derivative."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DifferentiableWeightNorm", "has_weight_norm"]
+from .torch_private import WEIGHT_NORM
 
-
-def has_weight_norm(module: nn.Module) -> bool:
-    """Return whether a module is weight-normalised, in the old style or the new."""
-    hooks = module._forward_pre_hooks.values()
-    return type(module).__name__ == "_WeightNorm" or any(type(h) is WeightNorm for h in hooks)
+__all__ = ["DifferentiableWeightNorm"]
 
 
 class DifferentiableWeightNorm(TorchFunctionMode):
-    """`torch._weight_norm` written out: PyTorch's second derivative of it is wrong.
+    """Weight norm written out, because PyTorch's second derivative of it is wrong.
 
-    It takes the norms for constants, so that the Hessian is not even symmetric (seen in torch 2.6
-    to 2.13; `gradgradcheck` fails).
+    PyTorch treats the norms as constants there, and the Hessian is not even symmetric (seen in
+    torch 2.6 to 2.13; `gradgradcheck` fails).
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch._weight_norm:
+        if func is WEIGHT_NORM:
             return _weight_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..derivatives.substitution import Differentiation
+from ..derivatives.hand_written import Differentiation, HandWritten
 from ..errors import LossNotScalarError, NonFiniteError
 from ..support.failures import available_bytes, explained
 from ..support.randomness import preserved_random_state, random_state, reseed
@@ -49,6 +49,7 @@ class Evaluator:
         is_sum: whether the losses are sums already, not means to be weighted.
         pieces: how batches are cut where they do not fit into memory.
         eps: the precision of the parameters.
+        hand_written: as in `Objective`.
     """
 
     def __init__(
@@ -62,13 +63,14 @@ class Evaluator:
         is_sum: bool,
         pieces: Pieces,
         eps: float,
+        hand_written: HandWritten = True,
     ) -> None:
         self.model, self.mode, self.batches = model, mode, batches
         self.is_sum, self.pieces = is_sum, pieces
         # What a loss computed in two ways may differ by, relatively.
         self.tolerance = min(0.03, 1000 * eps)
         self.forward = Forward(model, loss_fn, batch_loss)
-        self.differentiation = Differentiation(model, self.forward.criterion)
+        self.differentiation = Differentiation(model, self.forward.criterion, hand_written)
         # None until one whole pass has shown whether the model leaves its tensors alone; until
         # then, and where it does not, each batch gets copies.
         self.writes: bool | None = None
@@ -82,7 +84,8 @@ class Evaluator:
         known, batch_loss = self.forward.functions
         if loss_fn is not known:
             twin.forward = Forward(self.model, loss_fn, batch_loss)
-            twin.differentiation = Differentiation(self.model, twin.forward.criterion)
+            chosen = self.differentiation.chosen
+            twin.differentiation = Differentiation(self.model, twin.forward.criterion, chosen)
         return twin
 
     @property
@@ -181,6 +184,7 @@ class Pass:
                     evaluator.mode,
                     self._derivatives,
                     copies=self._copies,
+                    pieces=evaluator.differentiation.pieces,
                 )
             )
             if self._replays:

@@ -8,18 +8,16 @@ import copy
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
-from ..derivatives.recurrent import twice_differentiable
-from ..derivatives.weight_norm import DifferentiableWeightNorm, has_weight_norm
+from ..derivatives.hand_written import differentiable_modules
 from ..support.trees import is_record, same_values, walk
 
 __all__ = ["Derivatives", "Guard", "evaluating", "no_checkpoint_warning"]
@@ -36,12 +34,9 @@ def evaluating(
     derivatives: Derivatives,
     *,
     copies: bool,
+    pieces: Collection[str] = (),
 ) -> Iterator[Guard]:
     """Training flags as `mode` wants them, derivatives possible, compiled code run eagerly.
-
-    For second derivatives attention runs under the MATH kernel and recurrent modules without
-    their fused kernels. They do so too wherever a module is in training mode: each kernel draws
-    dropout in its own way, and values, gradients and products must speak of the same function.
 
     Args:
         model: without wrappers.
@@ -50,6 +45,7 @@ def evaluating(
         derivatives: how many will be taken.
         copies: give the modules copies of the tensors among their plain attributes, and the
             criterion of its buffers.
+        pieces: names of the hand-written derivatives to use.
     """
     modules = list(model.modules())
     judges = list(criterion.modules()) if isinstance(criterion, nn.Module) else []
@@ -81,17 +77,7 @@ def evaluating(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if derivatives == 0:
             stack.enter_context(no_checkpoint_warning())
-        if derivatives == 2 and any(map(has_weight_norm, modules)):
-            stack.enter_context(DifferentiableWeightNorm())
-        if derivatives == 2 or any(m.training for m in modules):
-            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-            for module in modules:
-                if isinstance(module, nn.RNNBase):
-                    # On the instance, so that no hook of the user's changes its place.
-                    unfused = functools.partial(_unfused, module.forward)
-                    vars(module)["forward"] = (
-                        twice_differentiable(module, unfused) if derivatives == 2 else unfused
-                    )
+        stack.enter_context(differentiable_modules(modules, derivatives, pieces))
         yield Guard(bound, twins)
 
 
@@ -127,19 +113,6 @@ def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor,
                 bound[name] = value.detach().clone()
                 pairs.append((value.detach(), bound[name]))
     return pairs
-
-
-def _unfused(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return a recurrent module's forward without cuDNN's and oneDNN's kernels, its own alone."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
-    enabled = [backend.enabled for backend in backends]
-    try:
-        for backend in backends:
-            backend.enabled = False
-        return forward(*args, **kwargs)
-    finally:
-        for backend, flag in zip(backends, enabled, strict=True):
-            backend.enabled = flag
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.gradients import accumulated, checkpoints_reentrantly
+from ..derivatives.hand_written import HandWritten
 from ..errors import DeviceError, InvalidArgumentError, NonFiniteError
 from ..support.checks import check_callables, check_choice, check_device, check_instance
 from ..support.trees import length_of
@@ -70,6 +71,9 @@ class Objective:
             in less memory; "auto" cuts them only when memory runs out. Refused where pieces would
             change the loss (batch norm or dropout in training mode, contrastive losses).
         progress: show a bar while the data are first read, if that takes long.
+        hand_written: use the library's hand-written second derivatives, which make products
+            faster: True, False for PyTorch's own, or the names of those to use, as in
+            `pytorch_derivatives`. Default: True.
 
     Attributes:
         model: the module, without the wrappers of `torch.compile`, `DataParallel` and
@@ -124,6 +128,7 @@ class Objective:
         batch_size: int = 1024,
         microbatch: Microbatch = None,
         progress: bool = True,
+        hand_written: HandWritten = True,
     ) -> None:
         hint = "Wrap a function in a small nn.Module."
         check_instance("Objective", "model", model, nn.Module, hint)
@@ -170,6 +175,7 @@ class Objective:
             is_sum=self.is_sum,
             pieces=pieces,
             eps=max(torch.finfo(d).eps for d in self.layout.dtypes),
+            hand_written=hand_written,
         )
         self.differentiation = self._evaluator.differentiation
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...derivatives.channels_last import is_marked
+from ...derivatives.hand_written import is_marked
 from ...derivatives.missing import not_twice
 from ...derivatives.tracing import GraphTrace
 from ...errors import ArgumentTypeError

@@ -198,6 +198,7 @@ class _State:
 
     def __init__(self, objective: Objective) -> None:
         self._settings, self._known = _settings(objective)
+        self._pieces = objective.differentiation.pieces
         self._marks = _marks(objective)
         # Held, as another tensor might be given the identity of one that is gone.
         self._tensors = [*objective.model.parameters(), *objective.model.buffers()]
@@ -209,6 +210,7 @@ class _State:
     def is_that_of(self, objective: Objective) -> bool:
         return (
             _marks(objective) == self._marks
+            and objective.differentiation.pieces == self._pieces
             and _settings(objective)[0] == self._settings
             and all(same_values(now, before) for now, before in self._numbers)
         )
