@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-__all__ = ["arguments", "in_turns", "machine", "now", "print_table"]
+__all__ = ["arguments", "in_turns", "machine", "now", "print_table", "turns"]
 
 PACKAGES = ("torch", "numpy", "scipy")
 PEERS = ("pyhessian", "curvlinops-for-pytorch", "hessian-eigenthings")
@@ -62,7 +62,15 @@ def now(device: str | torch.device) -> float:
 def in_turns(
     tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: str, warm: bool = True
 ) -> dict[str, float]:
-    """The median seconds of each task, run one after the other in every round.
+    """The median seconds of each task, by `turns`."""
+    seconds = turns(tasks, rounds=rounds, device=device, warm=warm)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def turns(
+    tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: str, warm: bool = True
+) -> dict[str, list[float]]:
+    """The seconds of each task in every round, in which they are run one after the other.
 
     Turns share whatever else the machine is doing, so that ratios hold where times do not. With
     `warm` each task is run once before, which is not counted.
@@ -75,7 +83,7 @@ def in_turns(
             end = now(device)
             if number >= warm:
                 seconds[name].append(end - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

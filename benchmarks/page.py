@@ -19,7 +19,10 @@ __all__ = ["NAMES", "PAGE", "replaced"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "speed.md"
-NAMES = ("products", "eigenpairs", "box", "points", "surface", "traces", "scale", "startup")
+NAMES = (
+    *("products", "ablation", "eigenpairs", "box", "points", "surface", "traces", "scale"),
+    "startup",
+)
 
 
 def replaced(page: str, name: str, output: str) -> str:

@@ -130,6 +130,6 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         page.main(["boxes"])
     assert (
-        "known are products, eigenpairs, box, points, surface, traces, scale, startup"
+        "known are products, ablation, eigenpairs, box, points, surface, traces, scale, startup"
         in capsys.readouterr().err
     )

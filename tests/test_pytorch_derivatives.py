@@ -19,7 +19,7 @@ from zoo import NAMES, build, cached_dense_hessian, facts_of
 
 PACKAGE = Path(fm.__file__).parent
 EXACT = [n for n in NAMES if not facts_of(n).approximate and torch.float64 in facts_of(n).dtypes]
-WRITTEN = ("_Convolution", "_FixedNorm", "_Layer", "_Relu", "_Attention")
+WRITTEN = ("_Convolution", "_FixedNorm", "_Layer", "_Attention")
 
 
 def generator():
@@ -143,7 +143,6 @@ FUNCTIONS = {
     "batch_norm": "_FixedNorm",
     "convolution": "_Convolution",
     "lstm": "_Layer",
-    "relu": "_Relu",
 }
 
 
@@ -180,8 +179,8 @@ def test_names_add_up_and_each_context_restores_what_was_there():
     way = Differentiation(nn.Identity(), None)
     everything = set(PIECES)
     with fm.pytorch_derivatives("lstm"):
-        with fm.pytorch_derivatives("attention", "relu"):
-            assert way.pieces == everything - {"lstm", "attention", "relu"}
+        with fm.pytorch_derivatives("attention", "convolution"):
+            assert way.pieces == everything - {"lstm", "attention", "convolution"}
         assert way.pieces == everything - {"lstm"}
         with fm.pytorch_derivatives():
             assert way.pieces == set()
@@ -387,7 +386,7 @@ def test_modules_are_left_as_they_were():
 
 
 HAND_WRITTEN = {"attention", "batch_norm", "channels_last", "convolution", "eligibility"}
-HAND_WRITTEN |= {"recurrent", "relu", "substitution", "weight_norm"}
+HAND_WRITTEN |= {"recurrent", "substitution", "weight_norm"}
 
 
 def test_other_rooms_reach_the_hand_written_derivatives_by_the_door_alone():

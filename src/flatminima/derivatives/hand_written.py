@@ -39,7 +39,7 @@ __all__ = [
     "pytorch_derivatives",
 ]
 
-Piece = Literal["attention", "batch_norm", "channels_last", "convolution", "lstm", "relu"]
+Piece = Literal["attention", "batch_norm", "channels_last", "convolution", "lstm"]
 """The name of a hand-written derivative."""
 
 HandWritten = bool | Collection[str]
@@ -67,7 +67,7 @@ def pytorch_derivatives(*names: Piece) -> Iterator[None]:
         names: which ones to turn off. Default: all. "attention" is scaled dot-product attention;
             "batch_norm", batch norm in evaluation mode; "channels_last", the memory layout of
             images on the CPU; "convolution", convolutions in one to three dimensions; "lstm",
-            `nn.LSTM`; "relu", ReLU.
+            `nn.LSTM`.
 
     Raises:
         InvalidArgumentError: a name is not one of these.

@@ -13,14 +13,12 @@ from .attention import scaled_dot_product_attention
 from .batch_norm import batch_norm
 from .channels_last import followed
 from .convolution import DIMENSIONS, convolution
-from .relu import relu
 
 __all__ = ["REPLACED", "Substitution"]
 
 _BY_NAME: dict[str, dict[Any, Callable[..., Any]]] = {
     "attention": {F.scaled_dot_product_attention: scaled_dot_product_attention},
     "batch_norm": {F.batch_norm: batch_norm},
-    "relu": {F.relu: relu, torch.relu: relu, torch.Tensor.relu: relu},
 }
 
 REPLACED = frozenset([*DIMENSIONS, *(f for group in _BY_NAME.values() for f in group)])

@@ -32,7 +32,6 @@ __all__ = [
     "SAFE_SOFTMAX",
     "SOFTMAX_BACKWARD",
     "TENSOR_DICTS",
-    "THRESHOLD_BACKWARD",
     "TRANSPOSED_CONVOLUTION",
     "WEIGHT_NORM",
     "buffers_of",
@@ -49,7 +48,6 @@ __all__ = [
     "is_once_differentiable",
     "is_pytorchs",
     "is_reentrant_checkpoint",
-    "is_view",
     "leaf_of",
     "missing_derivative",
     "names_of_weights",
@@ -67,7 +65,6 @@ __all__ = [
 # ---------------------------------------------------------------------------------- operations
 # The kernels behind PyTorch's functions: the hand-written derivatives are made of these.
 
-THRESHOLD_BACKWARD = torch.ops.aten.threshold_backward.default
 CONVOLUTION = torch.ops.aten.convolution.default
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 BATCH_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
@@ -154,11 +151,6 @@ def is_pytorchs(function: Any, home: Any) -> bool:
 def version(tensor: Tensor) -> int:
     """Return a number that grows with each write to a tensor, but for those through `.data`."""
     return tensor._version
-
-
-def is_view(tensor: Tensor) -> bool:
-    """Return whether a tensor is a view of another one, as autograd sees it."""
-    return tensor._is_view()
 
 
 def parts_of_sparse(tensor: Tensor) -> list[Tensor]:
