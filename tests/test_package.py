@@ -35,12 +35,12 @@ ROOMS = {
         "algorithms/eigen": "errors results support operators",
         "algorithms/estimators": "errors results support operators algorithms/eigen",
         "algorithms/optimize": "errors results support",
-        "landscape": "errors results support objective operators algorithms/eigen",
-        "landscape/symmetry": "errors results support objective landscape",
+        "landscape": "errors results support derivatives objective operators algorithms/eigen",
+        "landscape/symmetry": "errors results support derivatives objective landscape",
         "landscape/trajectory": "errors results support objective landscape",
-        "measures": "errors results support objective operators algorithms/eigen "
+        "measures": "errors results support derivatives objective operators algorithms/eigen "
         "algorithms/estimators algorithms/optimize",
-        "report": "errors results support objective operators algorithms/eigen "
+        "report": "errors results support derivatives objective operators algorithms/eigen "
         "algorithms/estimators landscape/symmetry measures",
         "plotting": "errors results support algorithms/eigen algorithms/estimators landscape "
         "landscape/trajectory measures report",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = [
     "BATCH_NORM",
     "BATCH_NORM_BACKWARD",
+    "COMPILED_PREFIX",
     "CONVOLUTION",
     "CONVOLUTION_BACKWARD",
     "CONVOLUTION_LAYER",
@@ -29,6 +31,8 @@ __all__ = [
     "HOOKS",
     "LOSS",
     "NORMALIZATION",
+    "PADDING",
+    "POOLING",
     "SAFE_SOFTMAX",
     "SOFTMAX_BACKWARD",
     "TENSOR_DICTS",
@@ -39,6 +43,7 @@ __all__ = [
     "compiled_inside",
     "dynamo_is_loaded",
     "edge_of",
+    "has_backward_hooks",
     "has_equal_sizes",
     "has_own_forward",
     "has_weight_norm",
@@ -57,8 +62,9 @@ __all__ = [
     "parts_of_sparse",
     "readable_function",
     "refuses_saved_tensor_hooks",
+    "replaced_tensors",
     "says_written_to",
-    "unparametrized_cache",
+    "uncached_parametrizations",
     "version",
 ]
 
@@ -82,6 +88,14 @@ NORMALIZATION = nn.modules.batchnorm._NormBase
 CONVOLUTION_LAYER = nn.modules.conv._ConvNd
 TRANSPOSED_CONVOLUTION = nn.modules.conv._ConvTransposeNd
 DROPOUT = nn.modules.dropout._DropoutNd
+POOLING = (
+    *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
+)
+PADDING = (
+    *(nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd),
+    nn.modules.padding._CircularPadNd,
+)
 LOSS = nn.modules.loss._Loss
 
 # ---------------------------------------------------------------------------- insides of modules
@@ -103,12 +117,13 @@ def buffers_of(module: nn.Module) -> dict[str, Any]:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether calling a module does more than its class says.
+    """Return whether hooks, or a forward of the instance, change what calling a module does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
-    That is: it has hooks around its forward or backward, or a forward of the instance.
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return any(hooks) or "forward" in vars(module)
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Return whether hooks may change the gradients that a module passes on."""
+    return bool(module._backward_hooks)
 
 
 def names_of_weights(module: nn.RNNBase) -> list[list[str]]:
@@ -125,6 +140,20 @@ def has_weight_norm(module: nn.Module) -> bool:
     """Return whether a module is weight-normalised, by a hook or by a parametrization."""
     hooks = module._forward_pre_hooks.values()
     return type(module).__name__ == "_WeightNorm" or any(type(h) is WeightNorm for h in hooks)
+
+
+def replaced_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor]
+) -> contextlib.AbstractContextManager[Any]:
+    """Put tensors into a module by name, tied ones in all their places, as functional_call does."""
+    found: contextlib.AbstractContextManager[Any] = _reparametrize_module(
+        module, dict(tensors), tie_weights=True
+    )
+    return found
+
+
+# What `torch.compile` puts before the names of parameters.
+COMPILED_PREFIX = "_orig_mod."
 
 
 def compiled_inside(model: nn.Module) -> nn.Module | None:
@@ -240,12 +269,14 @@ def missing_derivative(error: Exception) -> str | None:
 
 def refuses_saved_tensor_hooks(error: Exception) -> bool:
     """Return whether a transform of torch.func inside the model allows no saved-tensor hooks."""
-    return "saved tensor hooks" in f"{error} {error.__cause__}"
+    return isinstance(error, RuntimeError) and "saved tensor hooks" in f"{error} {error.__cause__}"
 
 
 def says_written_to(error: Exception) -> bool:
     """Return whether an error says that a tensor was written to after a graph had saved it."""
-    return "modified by an inplace" in f"{error} {error.__cause__}"
+    return isinstance(error, RuntimeError) and (
+        "modified by an inplace" in f"{error} {error.__cause__}"
+    )
 
 
 # ---------------------------------------------------------------------------- states of PyTorch
@@ -266,7 +297,7 @@ def dynamo_is_loaded() -> bool:
 
 
 @contextlib.contextmanager
-def unparametrized_cache() -> Iterator[None]:
+def uncached_parametrizations() -> Iterator[None]:
     """Turn off `parametrize.cached()`, within which a weight made once would stay as it was."""
     enabled = parametrize._cache_enabled
     parametrize._cache_enabled = 0

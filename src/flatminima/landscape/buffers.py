@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..derivatives.torch_private import BATCH_NORM, buffers_of
 from ..errors import InvalidArgumentError
 from ..objective.batches import Batch, located
 from ..objective.evaluator import Copies
@@ -29,18 +30,17 @@ STATISTICS = ("running_mean", VARIANCE, "num_batches_tracked")
 
 def tracked_layers(model: nn.Module) -> dict[str, Any]:
     """Return the batch norms that keep running statistics, by name."""
-    kind = nn.modules.batchnorm._BatchNorm
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kind) and module.running_mean is not None
+        if isinstance(module, BATCH_NORM) and module.running_mean is not None
     }
 
 
 def recomputed_names(model: nn.Module) -> set[str]:
     """Return the names of the buffers in which batch norms keep their statistics."""
     found = tracked_layers(model).items()
-    return {_joined(n, s) for n, m in found for s in STATISTICS if m._buffers.get(s) is not None}
+    return {_joined(n, s) for n, m in found for s in STATISTICS if buffers_of(m).get(s) is not None}
 
 
 def _joined(module: str, name: str) -> str:
@@ -121,7 +121,7 @@ def recomputed_buffers(objective: Objective, state: Mapping[str, Tensor]) -> Sta
     found: State = {}
     for name, layer in layers.items():
         for statistic, value in sums[name].means().items():
-            if layer._buffers.get(statistic) is not None:
+            if buffers_of(layer).get(statistic) is not None:
                 full = _joined(name, statistic)
                 found[full] = value.to(present[full])
     return found
@@ -214,6 +214,7 @@ def batch_statistics(objective: Objective) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             for name in STATISTICS[:2]:
-                stack.callback(layer._buffers.__setitem__, name, layer._buffers[name])
-                layer._buffers[name] = None
+                own = buffers_of(layer)
+                stack.callback(own.__setitem__, name, own[name])
+                own[name] = None
         yield

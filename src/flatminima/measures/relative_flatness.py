@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.estimators.trace import trace
+from ..derivatives.torch_private import TRANSPOSED_CONVOLUTION
 from ..errors import InvalidArgumentError
 from ..objective.objective import Objective, check_objective
 from ..objective.selection import matching
@@ -220,7 +221,7 @@ def relative_flatness(
     )
 
 
-_TURNED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvTransposeNd)
+_TURNED = (nn.Embedding, nn.EmbeddingBag, TRANSPOSED_CONVOLUTION)
 
 
 def _swaps(model: nn.Module, name: str) -> bool:

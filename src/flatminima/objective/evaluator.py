@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.hand_written import Differentiation, HandWritten
+from ..derivatives.torch_private import version
 from ..errors import LossNotScalarError, NonFiniteError
 from ..support.failures import available_bytes, explained
 from ..support.randomness import preserved_random_state, random_state, reseed
@@ -414,10 +415,10 @@ class Copies:
 
     def fresh(self, *, renew: bool = False) -> dict[str, Tensor]:
         """Return the tensors, made now if there are none yet or with `renew`."""
-        versions = [t._version for t in self.present.values()]
+        versions = [version(t) for t in self.present.values()]
         if renew or versions != self._versions:
             self.present = self._make()
-            self._versions = [t._version for t in self.present.values()]
+            self._versions = [version(t) for t in self.present.values()]
         return self.present
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
+from ..derivatives.torch_private import replaced_tensors
 from ..errors import ArgumentTypeError, LossNotScalarError
 from ..support.trees import mapped
 from .batches import Batch
@@ -71,7 +71,7 @@ class Forward:
         self, others: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> Iterator[None]:
         """Put these tensors into the model, tied ones in all their places, for a while."""
-        with _reparametrize_module(self.model, {**others, **parameters}, tie_weights=True):
+        with replaced_tensors(self.model, {**others, **parameters}):
             yield
 
     def evaluate(

@@ -7,20 +7,26 @@ import contextlib
 import copy
 import functools
 import random
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..derivatives.hand_written import differentiable_modules
+from ..derivatives.torch_private import (
+    HOOKS,
+    TENSOR_DICTS,
+    buffers_of,
+    dynamo_is_loaded,
+    no_checkpoint_warning,
+    uncached_parametrizations,
+    version,
+)
 from ..support.trees import is_record, same_values, walk
 
-__all__ = ["Derivatives", "Guard", "evaluating", "no_checkpoint_warning"]
+__all__ = ["Derivatives", "Guard", "evaluating"]
 
 Derivatives = Literal[0, 1, 2]
 """How many times a loss is going to be differentiated by the parameters."""
@@ -55,7 +61,7 @@ def evaluating(
         stack.callback(bound.restore, bound.present())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        twins = _twins([*map(vars, [*modules, *judges]), *(m._buffers for m in judges)], copies)
+        twins = _twins([*map(vars, [*modules, *judges]), *map(buffers_of, judges)], copies)
         if mode != "keep":
             # Set one by one: a model's own train() may do more than set flags. Put back the same
             # way, as scripted modules do not have theirs among their attributes.
@@ -69,11 +75,8 @@ def evaluating(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        if parametrize._cache_enabled:
-            # Within `parametrize.cached()` a weight made once would stay where it was.
-            stack.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
-            parametrize._cache_enabled = 0
-        if "torch._dynamo" in sys.modules:
+        stack.enter_context(uncached_parametrizations())
+        if dynamo_is_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if derivatives == 0:
             stack.enter_context(no_checkpoint_warning())
@@ -115,20 +118,6 @@ def _twins(owners: Sequence[dict[str, Any]], copies: bool) -> list[tuple[Tensor,
     return pairs
 
 
-@contextlib.contextmanager
-def no_checkpoint_warning() -> Iterator[None]:
-    """Reentrant checkpointing warns that gradients will be None where none are wanted."""
-    warn = getattr(torch.utils.checkpoint, "check_backward_validity", None)
-    if warn is None:
-        yield
-        return
-    try:
-        torch.utils.checkpoint.check_backward_validity = lambda inputs: None  # noqa: ARG005
-        yield
-    finally:
-        torch.utils.checkpoint.check_backward_validity = warn
-
-
 class _Bound:
     """What is bound to modules, and what their attributes lead to.
 
@@ -143,16 +132,16 @@ class _Bound:
     def __init__(self, modules: Sequence[nn.Module], *, copies: bool) -> None:
         owners = [vars(m) for m in modules]
         values = _reached([v for o in owners for n, v in o.items() if n not in _OF_MODULES])
-        own = [o[name] for o in owners for name in ("_parameters", "_buffers", "_modules")]
+        own = [o[name] for o in owners for name in TENSOR_DICTS]
         self._bound = [*owners, *own, *(vars(v) for v in values if is_record(v))]
-        hooks = [o[name] for o in owners for name in _HOOKS if name in o]
+        hooks = [o[name] for o in owners for name in HOOKS if name in o]
         held = [*(v for v in values if isinstance(v, _CONTAINERS)), *hooks]
         self._empty = [v for v in held if not v]
         self._filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for v in held if v]
         self._thorough = copies
         self._arrays = [(v, v.copy()) for v in values if copies and isinstance(v, np.ndarray)]
         self._tensors = [
-            (v, v._version, v.detach().clone())
+            (v, version(v), v.detach().clone())
             for v in values
             if copies and isinstance(v, Tensor) and not v.is_inference()
         ]
@@ -178,11 +167,11 @@ class _Bound:
             if array.dtype != object and not np.array_equal(array, numbers):
                 array[...] = numbers
                 wrote = True
-        for number, (tensor, version, content) in enumerate(self._tensors):
-            if tensor._version != version:
+        for number, (tensor, mark, content) in enumerate(self._tensors):
+            if version(tensor) != mark:
                 with torch.no_grad():
                     tensor.copy_(content)
-                self._tensors[number] = (tensor, tensor._version, content)
+                self._tensors[number] = (tensor, version(tensor), content)
                 wrote = True
         for generator, state in self._generators:
             _set_state(generator, state)
@@ -214,7 +203,6 @@ LARGE = 1000
 
 # What every module has: bound to it like the rest, but not to be followed.
 _OF_MODULES = frozenset(vars(nn.Module()))
-_HOOKS = tuple(n for n, v in vars(nn.Module()).items() if isinstance(v, dict) and "hooks" in n)
 
 
 def _reached(attributes: Sequence[Any]) -> list[Any]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import nn
 
+from ..derivatives.torch_private import LOSS, has_backward_hooks, has_own_forward
+
 __all__ = [
     "KnownLoss",
     "criterion_function",
@@ -101,16 +103,13 @@ def is_unchanged(loss_fn: Any) -> bool:
     function = criterion_function(loss_fn)
     if not isinstance(function, nn.Module):
         return True
-    hooks = (function._forward_hooks, function._forward_pre_hooks, function._backward_hooks)
-    return not any(hooks) and "forward" not in vars(function)
+    return not has_own_forward(function) and not has_backward_hooks(function)
 
 
 def is_known(loss_fn: Any) -> bool:
     """Return whether it is one of PyTorch's criteria, unchanged."""
     function = criterion_function(loss_fn)
-    module = isinstance(function, nn.modules.loss._Loss) and type(function).__module__.startswith(
-        "torch."
-    )
+    module = isinstance(function, LOSS) and type(function).__module__.startswith("torch.")
     return is_unchanged(loss_fn) and (module or any(function is r.function for r in LOSSES))
 
 

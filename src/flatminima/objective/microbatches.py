@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..derivatives.torch_private import BATCH_NORM
 from ..errors import DeviceMemoryError, FlatMinimaError, InvalidArgumentError
 from ..support.checks import check_integer
 from ..support.failures import is_out_of_memory
@@ -181,10 +182,9 @@ class Pieces:
 
 
 def _check_modules(model: nn.Module, mode: str) -> None:
-    kind = nn.modules.batchnorm._BatchNorm
     for name, module in model.named_modules():
         trains = module.training if mode == "keep" else mode == "train"
-        if isinstance(module, kind) and (trains or module.running_mean is None):
+        if isinstance(module, BATCH_NORM) and (trains or module.running_mean is None):
             raise InvalidArgumentError(
                 f"microbatch= cannot be used here: the batch norm {name!r} works with the "
                 "statistics of the whole batch, and pieces of it would have others. Use "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..derivatives.torch_private import COMPILED_PREFIX, DROPOUT, compiled_inside
 from ..errors import DeviceError, FlatMinimaWarning, ParameterSelectionError, warn
 
 __all__ = ["check_devices", "check_model", "drops", "unwrapped", "without_prefix"]
 
-_PREFIXES = ("_orig_mod.", "module.")
+_PREFIXES = (COMPILED_PREFIX, "module.")
 _QUANTIZED = (
     "is quantized: its weights are integers, along which no derivative exists; measure the model "
     "as it was before quantization."
@@ -31,8 +32,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             sees only its own data.
     """
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(inner, nn.Module) and type(model).__module__.startswith("torch._dynamo"):
+        inner = compiled_inside(model)
+        if inner is not None:
             model = inner
         elif isinstance(model, nn.DataParallel):
             model = model.module
@@ -58,7 +59,7 @@ def without_prefix(name: str) -> str:
 
 def drops(module: nn.Module) -> bool:
     """Whether a module drops anything in training: a dropout layer, or a rate it was given."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DROPOUT):
         return float(module.p) > 0
     return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and float(module.dropout) > 0
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..derivatives.torch_private import LOSS
 from ..errors import ArgumentTypeError, InvalidArgumentError, NonFiniteError
 from ..support.trees import tensors_in
 from .losses import criterion_function, criterion_option, known_loss
@@ -234,7 +235,7 @@ def _hides_labels(loss_fn: Any, data: Any, target: Any) -> bool:
     if loss_fn is None:
         labels = _integer_labels(data, _labels_place(data))
     else:
-        criterion = isinstance(criterion_function(loss_fn), nn.modules.loss._Loss)
+        criterion = isinstance(criterion_function(loss_fn), LOSS)
         labels = None if criterion or known_loss(loss_fn) is not None else target
     if not isinstance(labels, Tensor) or labels.dtype.is_floating_point:
         return False

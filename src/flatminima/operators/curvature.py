@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.missing import where
+from ..derivatives.torch_private import refuses_saved_tensor_hooks, says_written_to
 from ..derivatives.tracing import GraphTrace
 from ..errors import (
     FiniteDifferenceWarning,
@@ -187,12 +188,11 @@ class CurvatureOperator(LinearOperator, Generic[G]):
             if not self._insists:
                 self.method, self.reason = "finite_differences", str(error).split(". ")[0] + "."
             return not self._insists
-        said = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else ""
-        if "saved tensor hooks" in said and self._cache.keeps:
+        if refuses_saved_tensor_hooks(error) and self._cache.keeps:
             # Transforms of torch.func within the model allow no hooks on what graphs save.
             self._cache.give_up()
             return True
-        if "modified by an inplace" in said and self._served:
+        if says_written_to(error) and self._served:
             # Data, or a tensor that is no parameter, has been written to since.
             self._cache.clear()
             return True

@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 from ..derivatives.gradients import accumulated, checkpoints_reentrantly
 from ..derivatives.missing import where
+from ..derivatives.torch_private import no_checkpoint_warning
 from ..derivatives.tracing import LOSS, GraphTrace
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotTwiceDifferentiableError, warn
 from ..objective.forward import Evaluated
-from ..objective.guards import no_checkpoint_warning
 from ..objective.objective import BatchPart, Objective, WeightedSum, check_objective
 from ..objective.weights import split_pair
 from ..support.checks import check_choice, check_integer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..algorithms.eigen.lanczos import lanczos
 from ..algorithms.estimators.spectral_density import spectral_density
 from ..algorithms.estimators.trace import trace
+from ..derivatives.torch_private import BATCH_NORM
 from ..errors import FlatMinimaWarning, InvalidArgumentError, NotPositiveDefiniteError
 from ..measures.gradient_norm import gradient_norm
 from ..measures.result import MeasureResult
@@ -323,8 +324,7 @@ def _notes(
     found = {
         "dropout off": any(map(drops, modules)),
         "batch norm with its running statistics": any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-            for m in modules
+            isinstance(m, BATCH_NORM) and m.running_mean is not None for m in modules
         ),
     }
     if objective.mode == "eval" and any(found.values()):

@@ -16,6 +16,15 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
+from ...derivatives.torch_private import (
+    CONVOLUTION_LAYER,
+    NORMALIZATION,
+    PADDING,
+    POOLING,
+    has_own_forward,
+    parameters_of,
+)
+
 __all__ = [
     "JOINS",
     "LAYERS",
@@ -35,9 +44,8 @@ __all__ = [
 _UNSEEN = "through which a scale cannot be followed"
 UNKNOWN_CHANNELS = "so that its channels cannot be followed (per='layer' does not need them)"
 
-_conv, _padding, _pooling = nn.modules.conv, nn.modules.padding, nn.modules.pooling
-LINEAR = (nn.Linear, _conv._ConvNd)
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+LINEAR = (nn.Linear, CONVOLUTION_LAYER)
+NORMS = (NORMALIZATION, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 LAYERS = (*LINEAR, *NORMS)
 
 # What maps αx to α times what it makes of x, for every α > 0, by what it does to the channels.
@@ -47,10 +55,9 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     ),
     "spatial": (
-        *(_pooling._MaxPoolNd, _pooling._AvgPoolNd),
-        *(_pooling._AdaptiveAvgPoolNd, _pooling._AdaptiveMaxPoolNd),
-        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, _padding._ReflectionPadNd),
-        *(_padding._ReplicationPadNd, _padding._CircularPadNd, nn.Upsample),
+        *POOLING,
+        *PADDING,
+        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.Upsample),
     ),
     "flatten": (nn.Flatten,),
     "other": (nn.Unflatten,),
@@ -134,7 +141,7 @@ class Paths:
                 self._order.setdefault(node.target, i)
             elif node.op == "get_attr" and not all(map(is_query, node.users)):
                 self._read.add(id(operator.attrgetter(node.target)(modules[""])))
-        tensors = [p for m in modules.values() for p in m._parameters.values() if p is not None]
+        tensors = [p for m in modules.values() for p in parameters_of(m).values() if p is not None]
         self._owners = Counter(map(id, tensors))
 
     def position(self, name: str) -> float:
@@ -196,13 +203,13 @@ class Paths:
     def _check(self, name: str) -> None:
         """Stop where a layer's weight is not its alone, or works in more than one place."""
         module = self._modules[name]
-        weights = [p for p in module._parameters.values() if p is not None]
+        weights = [p for p in parameters_of(module).values() if p is not None]
         if parametrize.is_parametrized(module):
             raise Stop("its weight is made by a parametrisation, and is not itself a parameter")
         self._check_forward(name)
         if not type(module).__module__.startswith("torch.nn."):
             raise Stop(f"its class, {type(module).__name__}, is not one of torch.nn")
-        if module._parameters.get("weight") is None:
+        if parameters_of(module).get("weight") is None:
             raise Stop("it has no affine parameters")
         if any(self._owners[id(p)] > 1 for p in weights):
             raise Stop("it shares its weight or bias with another module")
@@ -215,7 +222,7 @@ class Paths:
 
     def _check_forward(self, name: str) -> None:
         module = self._modules[name]
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if has_own_forward(module):
             raise Stop(f"{name!r} has a forward hook, which may change what it gives")
 
     def _sink(self, name: str, channels: Channels | None) -> Channels | None:
@@ -313,7 +320,7 @@ def channels_of(module: Any, feeder: int | None = None) -> Channels:
     """Where a layer has its output channels; `feeder` tells it of what the input leaves open."""
     if isinstance(module, nn.Linear):
         return Channels(module.out_features, None, -1)
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTION_LAYER):
         return Channels(module.out_channels, 1, -1 - len(module.kernel_size))
     count = module.weight.shape[0]
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...derivatives.torch_private import buffers_of, parameters_of
 from ...errors import InvalidArgumentError
 from .homogeneous import (
     JOINS,
@@ -206,7 +207,7 @@ class _Units(Paths):
         """Those of a normalisation, or of an activation with parameters, on a layer's units."""
         module: Any = self._modules[name]
         try:
-            if module._parameters.get("weight") is not None:
+            if parameters_of(module).get("weight") is not None:
                 self._check(name)
             self._check_forward(name)
         except Stop as stop:
@@ -233,7 +234,7 @@ class _Units(Paths):
                 "one by one or all alike"
             )
         where = dataclasses.replace(channels, features=features)
-        tensors = {**module._parameters, **module._buffers}
+        tensors = {**parameters_of(module), **buffers_of(module)}
         return [
             Place(f"{name}.{n}", 0, where)
             for n, t in tensors.items()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...derivatives.torch_private import HOOKS, parts_of_sparse, version
 from ...support.trees import SEQUENCES, is_record, members
 
 __all__ = ["described", "memory_of", "settings", "tensor_identity", "tensor_marks"]
@@ -23,7 +24,6 @@ Mark = Callable[[Tensor], Hashable]
 
 # What every module has, and is compared in other ways or not at all.
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
-_HOOKS = tuple(n for n, v in vars(nn.Module()).items() if isinstance(v, dict) and "hooks" in n)
 _ATOMS = (str, bytes, bool, int, type(None), torch.dtype, torch.device)
 
 
@@ -59,7 +59,7 @@ def settings(
 def _of_module(module: nn.Module) -> list[Any]:
     """Return the module itself, its hooks and its attributes."""
     own = vars(module)
-    hooks = [hook for name in _HOOKS for hook in own[name].values()]
+    hooks = [hook for name in HOOKS for hook in own[name].values()]
     return [module, hooks, {n: v for n, v in own.items() if n not in _OF_MODULES}]
 
 
@@ -123,20 +123,13 @@ def tensor_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int, tuple[int, .
 
     A write through `.data` is not seen.
     """
-    return [(id(t), 0 if t.is_inference() else t._version, tuple(memory_of(t))) for t in tensors]
+    return [(id(t), 0 if t.is_inference() else version(t), tuple(memory_of(t))) for t in tensors]
 
 
 def memory_of(tensor: Tensor) -> dict[int, int]:
     """Address and bytes of the memory that a tensor holds on to; of sparse ones, of their parts."""
-    names = {
-        torch.sparse_coo: ("_indices", "_values"),
-        torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-        torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-        torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-        torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-    }.get(tensor.layout, ())
     found: dict[int, int] = {}
-    for part in [getattr(tensor.detach(), name)() for name in names] or [tensor]:
+    for part in parts_of_sparse(tensor) or [tensor]:
         try:
             storage = part.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

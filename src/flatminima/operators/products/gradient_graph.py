@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from ...derivatives.missing import not_twice, second_derivative
+from ...derivatives.torch_private import edge_of
 from ...derivatives.tracing import GraphTrace
 from ...support.vectors import Layout
 
@@ -17,7 +16,6 @@ __all__ = [
     "Block",
     "GradientGraph",
     "PerLeaf",
-    "edge_of",
 ]
 
 Block = Sequence[int]
@@ -129,12 +127,3 @@ class GradientGraph:
                 retain_graph=keep,
                 allow_unused=True,
             )
-
-
-# torch 2.6 crashes when it differentiates by an edge into a node with a result of None.
-EDGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-
-
-def edge_of(gradient: Tensor) -> Any:
-    """What a gradient is to be differentiated by: its edge, or itself where that is not safe."""
-    return get_gradient_edge(gradient) if EDGES else gradient

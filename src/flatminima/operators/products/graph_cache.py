@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ...derivatives.torch_private import version
 from ...objective.forward import Evaluated
 from ...objective.objective import Objective
 from ...support.failures import available_bytes
@@ -180,12 +181,12 @@ class GraphCache(Generic[G]):
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         self._packed.update(memory_of(tensor))
         # Not the tensor itself, since an operation that saves its own result would never be freed.
-        return tensor.detach(), tensor._version
+        return tensor.detach(), version(tensor)
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    tensor, version = packed
-    if tensor._version != version:
+    tensor, before = packed
+    if version(tensor) != before:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation"

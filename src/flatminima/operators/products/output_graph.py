@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ...derivatives.missing import not_twice, second_derivative
+from ...derivatives.torch_private import edge_of, version
 from ...derivatives.tracing import GraphTrace
 from ...support.vectors import Layout
 from ..outputs.loss_curvature import OutputMatrix, patternless
 from .fingerprint import memory_of
-from .gradient_graph import PerLeaf, edge_of
+from .gradient_graph import PerLeaf
 
 __all__ = ["OutputGraph"]
 
@@ -73,11 +74,11 @@ class OutputGraph:
                 held = tensor.new_zeros(()).expand(tensor.shape)
             else:
                 self.saved.update(memory_of(tensor))
-            return held, held._version
+            return held, version(held)
 
         def unpack(packed: tuple[Tensor, int]) -> Tensor:
-            tensor, version = packed
-            if tensor._version != version:
+            tensor, before = packed
+            if version(tensor) != before:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an "
                     "inplace operation"
