@@ -430,7 +430,7 @@ def test_missing_and_superfluous_keys_are_named():
     message = str(caught.value)
     assert "'end' argument" in message
     assert "lacks '0.weight'" in message
-    assert "has besides '0.wieght'" in message
+    assert "also has '0.wieght'" in message
 
 
 def test_shapes_that_differ_are_named():
@@ -807,5 +807,5 @@ def test_everything_is_untouched_when_recomputing_fails():
 
 def test_recomputing_with_tensors_of_another_model_is_refused():
     case = build("conv_batch_norm")
-    with pytest.raises(fm.StateMismatchError, match="has besides 'nonsense'"):
+    with pytest.raises(fm.StateMismatchError, match="also has 'nonsense'"):
         recomputed_buffers(case.objective(), {"nonsense": torch.zeros(1)})
