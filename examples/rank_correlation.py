@@ -1,7 +1,7 @@
 """What `which_sharpness_predicts.py` reports: Kendall's τ, overall and granulated.
 
 Granulated as in Jiang et al. (2020, arXiv:1912.02178, section 2.2): within groups of nets that
-differ in one hyper-parameter alone, averaged over the groups, then over the hyper-parameters.
+differ in a single hyper-parameter, averaged over groups, then over hyper-parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import flatminima as fm
 
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#6B6B6B"
 SAME = 1e-3
-"""A number that varies relatively by no more over all nets is a constant, and ranks nothing."""
+"""A number with a smaller relative variation over all nets is constant and ranks nothing."""
 LEVEL = 0.95
 
 AXES = {
@@ -33,21 +33,20 @@ AXES = {
     "width": "width",
     "weight_decay": "weight decay",
 }
-"""The hyper-parameters by which nets are grouped. Seeds are not among them, but never mixed."""
+"""The hyper-parameters that groups differ in. Every group has a single seed."""
 
 TARGETS = {"error": "test error", "gap": "generalisation gap", "loss": "test loss"}
 
 Run = Mapping[str, Any]
-"""What is kept of a net: "net", its settings; targets, measures and baselines."""
+"""The record of a net: its settings ("net"), targets, measures and baselines."""
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def kendall(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
-    """Kendall's τ-b, which allows for ties.
+    """Return Kendall's τ-b, which allows for ties.
 
-    NaN where y is constant, so that there is no order to find; 0 where x alone is, which finds
-    none of it.
+    It is NaN if y is constant, as there is no order to find, and 0 if only x is.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(y) < 2 or bool((y == y[0]).all()):
@@ -58,13 +57,13 @@ def kendall(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
 
 
 def constant(x: Array) -> bool:
-    """Whether a number is the same for all nets but for rounding."""
+    """Return whether a number is the same for all nets up to rounding."""
     kept = x[np.isfinite(x)]
     return len(kept) == 0 or float(np.ptp(kept)) <= SAME * float(np.abs(kept).max())
 
 
 def interval(values: Array) -> tuple[float, float]:
-    """The middle 95 % of resampled values; NaN without any."""
+    """Return the ends of the middle 95 % of resampled values; NaN without any."""
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return math.nan, math.nan
@@ -73,10 +72,10 @@ def interval(values: Array) -> tuple[float, float]:
 
 
 def resampled_taus(x: Array, y: Array, resamples: int, seed: int) -> Array:
-    """τ-b of as many nets drawn with replacement, again and again."""
+    """Return τ-b of bootstrap samples of the nets."""
     count = len(y)
     draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
-    # How often each net was drawn: τ-b of repeated nets is a ratio of forms in these numbers.
+    # How often each net was drawn: τ-b of repeated nets is a ratio of forms in these counts.
     times = np.stack([np.bincount(draw, minlength=count) for draw in draws]).astype(float)
     a, b = (np.sign(v[:, None] - v[None, :]) for v in (x, y))
 
@@ -88,7 +87,7 @@ def resampled_taus(x: Array, y: Array, resamples: int, seed: int) -> Array:
 
 
 def groups(settings: Sequence[Mapping[str, Hashable]], axis: str) -> list[list[int]]:
-    """Places of nets that differ in one hyper-parameter alone, two at least in a group."""
+    """Return groups, of at least two, of nets that differ in a single hyper-parameter."""
     found: dict[Hashable, list[int]] = {}
     for place, own in enumerate(settings):
         rest = tuple(sorted((name, value) for name, value in own.items() if name != axis))
@@ -97,7 +96,7 @@ def groups(settings: Sequence[Mapping[str, Hashable]], axis: str) -> list[list[i
 
 
 def group_taus(x: Array, y: Array, members: Sequence[Sequence[int]]) -> Array:
-    """τ within each group; groups whose errors are all the same have none and are left out."""
+    """Return τ within each group; groups with equal errors have none and are left out."""
     taus = []
     for places in members:
         kept = [place for place in places if math.isfinite(x[place])]
@@ -106,7 +105,7 @@ def group_taus(x: Array, y: Array, members: Sequence[Sequence[int]]) -> Array:
 
 
 def resampled_mean(taus: Sequence[Array], resamples: int, seed: int) -> Array:
-    """Ψ of groups drawn with replacement within each hyper-parameter."""
+    """Return Ψ of bootstrap samples of the groups, drawn within each hyper-parameter."""
     rng = np.random.default_rng(seed)
     means = [t[rng.integers(0, len(t), (resamples, len(t)))].mean(axis=1) for t in taus]
     return np.asarray(np.mean(means, axis=0))
@@ -114,18 +113,18 @@ def resampled_mean(taus: Sequence[Array], resamples: int, seed: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """How one number of a net goes with the target.
+    """The correlation of one number of a net with the target.
 
     Attributes:
         name: of the number.
-        baseline: no measure of sharpness.
-        nets: for which it is finite.
+        baseline: whether it is a baseline and no measure of sharpness.
+        nets: how many have a finite value.
         tau: overall; NaN for a constant.
         tau_interval: 95 %, over nets.
         psi: the mean over hyper-parameters of the granulated τ.
         psi_interval: 95 %, over groups.
         granulated: the mean τ within groups by each hyper-parameter.
-        groups: how many these were.
+        groups: the number of groups by each hyper-parameter.
     """
 
     name: str
@@ -150,7 +149,7 @@ def correlate(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Correlation:
-    """τ of a number with the target, overall and granulated, with bootstrap intervals."""
+    """Correlate a number with the target, overall and granulated, with bootstrap intervals."""
     values, y = np.asarray(x, float), np.asarray(target, float)
     finite = np.isfinite(values)
     undefined = (math.nan, math.nan)
@@ -175,17 +174,17 @@ def correlate(
 
 
 def ranked(found: Sequence[Correlation]) -> list[Correlation]:
-    """The largest τ first, those without any last."""
+    """Sort by decreasing τ, with those without τ last."""
     return sorted(found, key=lambda c: (math.isnan(c.tau), -c.tau if c.tau == c.tau else 0.0))
 
 
 def shown(value: float) -> str:
-    """A correlation in a table."""
+    """Format a correlation for a table."""
     return "–" if math.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def correlation_table(found: Sequence[Correlation], axes: Mapping[str, str]) -> fm.Table:
-    """Every number with its correlations, the largest τ first."""
+    """Tabulate every number with its correlations, by decreasing τ."""
     rows = []
     for c in ranked(found):
         intervals = [
@@ -210,11 +209,11 @@ SHORT = {
     "PAC-Bayes sharpness": "PAC-Bayes",
     "normalised logits": "norm. logits",
 }
-"""What labels of a figure leave out of a name."""
+"""Abbreviations for the labels of a figure."""
 
 
 def label(name: str) -> str:
-    """A name as short as a figure needs it."""
+    """Abbreviate a name for a figure."""
     for long, short in SHORT.items():
         name = name.replace(long, short)
     return name
@@ -223,10 +222,10 @@ def label(name: str) -> str:
 def picture(
     found: Sequence[Correlation], axes: Mapping[str, str], title: str, target: str
 ) -> Figure:
-    """τ and Ψ with their intervals on the left, τ by hyper-parameter on the right."""
+    """Draw τ and Ψ with their intervals on the left, τ by hyper-parameter on the right."""
     drawn = [c for c in ranked(found) if not math.isnan(c.tau)]
     places = np.arange(len(drawn))
-    # A hyper-parameter with one value alone has no groups.
+    # A hyper-parameter with a single value has no groups.
     axes = {a: n for a, n in axes.items() if any(c.groups[a] for c in drawn)}
     figure = plt.figure(figsize=(9.0, 1.9 + 0.29 * len(drawn)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.35, 1))
@@ -281,7 +280,7 @@ def picture(
 
 
 def level_table(runs: Sequence[Run], against: str) -> fm.Table:
-    """The target by each value of each hyper-parameter, mean ± standard deviation."""
+    """Tabulate the target by each value of each hyper-parameter, mean ± standard deviation."""
     scale, unit = (1.0, "") if against == "loss" else (100.0, " (%)")
     rows = []
     for axis, name in AXES.items():
@@ -294,7 +293,7 @@ def level_table(runs: Sequence[Run], against: str) -> fm.Table:
 
 
 def correlations(runs: Sequence[Run], against: str, resamples: int) -> list[Correlation]:
-    """Every measure and baseline against the target."""
+    """Correlate every measure and baseline with the target."""
     settings = [run["net"] for run in runs]
     target = [run[against] for run in runs]
     found = []
@@ -310,19 +309,19 @@ def correlations(runs: Sequence[Run], against: str, resamples: int) -> list[Corr
 
 
 def remarks(runs: Sequence[Run], found: Sequence[Correlation]) -> list[str]:
-    """What a reader of the table should know of single numbers."""
+    """Return notes on single numbers of the table."""
     doubts = collections.Counter(name for run in runs for name in run["doubtful"])
     said = [f"{n}: doubtful for {k} of {len(runs)} nets by its outcome" for n, k in doubts.items()]
     for c in found:
         if math.isnan(c.tau):
-            said.append(f"{c.name}: the same for all nets, or undefined, so that it ranks nothing")
+            said.append(f"{c.name}: the same for all nets, or undefined, and ranks nothing")
         elif c.nets < len(runs):
-            said.append(f"{c.name}: finite for {c.nets} of {len(runs)} nets, which are ranked")
+            said.append(f"{c.name}: finite, and ranked, for {c.nets} of {len(runs)} nets")
     return said
 
 
 def strict(value: Any) -> Any:
-    """The same with None for NaN, which strict JSON does not have."""
+    """Replace NaN, which strict JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -337,7 +336,7 @@ def report(
     resamples: int,
     stem: Path,
 ) -> None:
-    """Tables, figure and numbers of the nets, printed and written."""
+    """Print and write tables, figure and numbers of the nets."""
     against, wanted = numbers["against"], numbers["loss"]
     target = TARGETS[against]
     losses = [run["training_loss"] for run in runs]
@@ -347,7 +346,7 @@ def report(
         f"tested on all {numbers['test_images']} others. Training loss {min(losses):.5f} to "
         f"{max(losses):.5f}."
         + (f" Left out, as they did not come to it: {len(missed)}." if missed else ""),
-        f"Training took {seconds[0]:.0f} s, measuring {seconds[1]:.0f} s, all runs together.",
+        f"Training took {seconds[0]:.0f} s, measuring {seconds[1]:.0f} s, in all runs together.",
     ]
     found = correlations(runs, against, resamples)
     tables = {

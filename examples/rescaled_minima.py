@@ -1,8 +1,8 @@
 """Dinh et al.'s argument in numbers: one function, three parametrisations, every measure.
 
-Trains a ReLU network on images, multiplies its layers and its neurons by constants that leave
-every output as it was (Dinh et al. 2017, arXiv:1703.04933), and measures all three. What changes
-is a property of how the function is written down, not of the function.
+Trains a ReLU network on images, rescales its layers and its neurons by factors that keep every
+output (Dinh et al. 2017, arXiv:1703.04933), and measures all three networks. What changes is a
+property of the parametrisation, not of the function.
 
     python examples/rescaled_minima.py                       # digits, about half a minute
     python examples/rescaled_minima.py --factor 100
@@ -27,7 +27,7 @@ import flatminima as fm
 import image_data
 
 MARKS = "<!-- table -->", "<!-- end of table -->"
-"""On a page, what the table stands between."""
+"""Marks around the table on a page."""
 
 MEASURES = {
     "gradient_norm": None,
@@ -49,7 +49,7 @@ MEASURES = {
         )
     ),
 }
-"""All but the density; random perturbations in absolute and in relative size."""
+"""All except the density, with absolute and relative random perturbations."""
 
 QUICK = {
     "epsilon_sharpness": {"iterations": 2},
@@ -60,7 +60,7 @@ QUICK = {
 
 
 def network(features: int, classes: int, width: int) -> nn.Sequential:
-    """Two hidden layers in float64, which keeps rounding out of the ratios."""
+    """Return an MLP in float64, which keeps rounding out of the ratios."""
     return nn.Sequential(
         nn.Linear(features, width),
         nn.ReLU(),
@@ -73,7 +73,7 @@ def network(features: int, classes: int, width: int) -> nn.Sequential:
 def train(
     model: nn.Module, inputs: Tensor, labels: Tensor, *, loss: float, steps: int, progress: bool
 ) -> None:
-    """Gradient descent with momentum on all images, down to a training loss."""
+    """Train by gradient descent with momentum on all images, to a training loss of `loss`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     loss_fn = nn.CrossEntropyLoss()
     with tqdm(total=steps, desc="training", unit="step", disable=not progress, leave=False) as bar:
@@ -87,44 +87,46 @@ def train(
             if found.item() <= loss:
                 return
     raise ValueError(
-        f"the training loss came to {found.item():.3g} in {steps} steps, not to {loss:g}; give "
+        f"the training loss reached {found.item():.3g} in {steps} steps, not {loss:g}; give "
         "more --steps or a larger --loss"
     )
 
 
 def write_page(page: Path, table: fm.InvarianceTable) -> None:
-    """Put the table between the marks of a page."""
+    """Write the table between the marks on a page."""
     text = page.read_text(encoding="utf-8")
     start, end = MARKS
     pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"{page} has no {start} … {end} to put the table between")
+        raise ValueError(f"{page} has no {start} … {end} around the place of the table")
     block = f"{start}\n\n{table.table().to_markdown()}\n\n{end}"
     page.write_text(pattern.sub(lambda _: block, text), encoding="utf-8")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data", choices=image_data.NAMES, default="digits", help="which images")
-    parser.add_argument("--root", type=Path, help="folder with the files of mnist, … , cifar10")
-    parser.add_argument("--images", type=int, default=400, help="of the training set")
-    parser.add_argument("--width", type=int, default=64, help="units in a layer")
+    parser.add_argument(
+        "--root", type=Path, help="folder with the files of mnist, fashion-mnist or cifar10"
+    )
+    parser.add_argument("--images", type=int, default=400, help="training images")
+    parser.add_argument("--width", type=int, default=64, help="units per layer")
     parser.add_argument("--loss", type=float, default=0.05, help="training loss to stop at")
-    parser.add_argument("--steps", type=int, default=2000, help="of training, at most")
-    parser.add_argument("--factor", type=float, default=10.0, help="of the rescaling")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--quick", action="store_true", help="a few of the measures")
-    parser.add_argument("--page", type=Path, help="page to put the table into")
+    parser.add_argument("--steps", type=int, default=2000, help="maximum number of training steps")
+    parser.add_argument("--factor", type=float, default=10.0, help="factor of the rescaling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--quick", action="store_true", help="only a few measures")
+    parser.add_argument("--page", type=Path, help="page to write the table into")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(argv)
     for name in ("images", "width", "steps"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} must be 1 at least")
+            parser.error(f"--{name} must be at least 1")
     for name in ("loss", "factor"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name} must be above 0")

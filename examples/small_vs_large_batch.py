@@ -1,9 +1,9 @@
-"""Small against large batch: does the large one end in a sharper minimum?
+"""Small and large batches: does training with a large batch end in a sharper minimum?
 
-Trains the network F1 of Keskar et al. (2017, arXiv:1609.04836), an MLP of five layers of 512
-units with batch norm and ReLU, twice from the same start with Adam: with a small batch and with a
-batch of 10 % of the training set, for the same number of epochs. It prints how well they do and
-compares their sharpness, and saves the parametric plot along the line between them.
+Trains the network F1 of Keskar et al. (2017, arXiv:1609.04836), an MLP with five layers of 512
+units, batch norm and ReLU, twice with Adam from the same start and for the same number of epochs:
+once with a small batch and once with 10 % of the training set per batch. Prints the accuracies,
+compares the sharpness, and saves the parametric plot along the line between the two models.
 
     python examples/small_vs_large_batch.py                      # digits, about a minute
     python examples/small_vs_large_batch.py --data mnist5k --seeds 3
@@ -29,11 +29,11 @@ import flatminima as fm
 import image_data
 
 SMALL_BATCH = {"digits": 16, "mnist5k": 32}
-"""The paper's 256 is 0.4 % of its data; so many examples for the data sets that are small."""
+"""Batch sizes for small data sets; 256, as in the paper, is 0.4 % of the paper's data."""
 
 
 def f1(features: int, classes: int, *, width: int = 512, depth: int = 5) -> nn.Sequential:
-    """The paper's network F1."""
+    """Return the paper's network F1."""
     layers: list[nn.Module] = []
     for i in range(depth):
         layers += [
@@ -54,7 +54,7 @@ def train(
     seed: int,
     progress: bool = True,
 ) -> None:
-    """Adam with its defaults on cross-entropy; the last, shorter batch of an epoch is left out."""
+    """Train with Adam on cross-entropy, without the last, shorter batch of each epoch."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters())
     loss_fn = nn.CrossEntropyLoss()
@@ -74,7 +74,7 @@ def train(
 
 
 def scores(model: nn.Module, data: image_data.ImageData) -> dict[str, float]:
-    """Accuracy in per cent on both parts of the data."""
+    """Return the accuracies on training and test data in per cent."""
     with torch.no_grad():
         train_accuracy = fm.accuracy(model(data.train_inputs), data.train_labels)
         test_accuracy = fm.accuracy(model(data.test_inputs), data.test_labels)
@@ -85,7 +85,7 @@ def scores(model: nn.Module, data: image_data.ImageData) -> dict[str, float]:
 
 
 def accuracy_table(results: dict[str, list[dict[str, float]]], batches: dict[str, int]) -> fm.Table:
-    """Batch sizes and accuracies, mean ± standard deviation over the seeds."""
+    """Tabulate batch sizes and accuracies, mean ± standard deviation over the seeds."""
     names = list(next(iter(results.values()))[0])
     rows = []
     for label, runs in results.items():
@@ -99,28 +99,30 @@ def accuracy_table(results: dict[str, list[dict[str, float]]], batches: dict[str
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--data", choices=image_data.NAMES, default="digits", help="which images")
-    parser.add_argument("--root", type=Path, help="folder with the files of mnist, … , cifar10")
-    parser.add_argument("--seeds", type=int, default=1, help="how many trainings of each kind")
-    parser.add_argument("--epochs", type=int, default=40, help="of every training")
+    parser.add_argument(
+        "--root", type=Path, help="folder with the files of mnist, fashion-mnist or cifar10"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of every training")
     parser.add_argument("--small-batch", type=int, help="examples in the small batch")
-    parser.add_argument("--large-batch", type=int, help="10 %% of the training set unless told")
-    parser.add_argument("--width", type=int, default=512, help="units in a layer")
+    parser.add_argument("--large-batch", type=int, help="default: 10 %% of the training set")
+    parser.add_argument("--width", type=int, default=512, help="units per layer")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(argv)
     for name in ("seeds", "epochs", "width"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} must be 1 at least")
+            parser.error(f"--{name} must be at least 1")
     for name in ("small_batch", "large_batch"):
         value = getattr(options, name)
         if value is not None and value < 2:
-            parser.error(f"--{name.replace('_', '-')} must be 2 at least (batch norm needs two)")
+            parser.error(f"--{name.replace('_', '-')} must be at least 2 (batch norm needs two)")
     return options
 
 
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in (*reports["small batch"][0].notes, *curve.notes):
         print(f"Note: {note}")
     if curve.outcome is not fm.Outcome.COMPLETED:
-        print(f"Note: {curve.outcome.value} They are gaps in the figure.")
+        print(f"Note: {curve.outcome.value} Those points are gaps in the figure.")
 
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"small_vs_large_batch_{data.name}"

@@ -17,13 +17,13 @@ import flatminima as fm
 
 COLOURS = {"small batch": "#009E73", "large batch": "#CC79A7"}
 PAIRS = 20
-"""Largest eigenvalues among which the gap is looked for, for any number of classes."""
+"""How many of the largest eigenvalues are searched for the gap, for any number of classes."""
 
 
 def widest_gap(eigenvalues: Tensor) -> tuple[int, float]:
-    """How many eigenvalues lie above the largest ratio of neighbours, and that ratio.
+    """Return how many eigenvalues lie above the largest ratio of neighbours, and that ratio.
 
-    Descending eigenvalues; those that are not positive have no ratio.
+    The eigenvalues must descend; those that are not positive have no ratio.
     """
     kept = eigenvalues[eigenvalues > 0]
     if len(kept) < 2:
@@ -44,15 +44,15 @@ class Edge:
 
     @classmethod
     def of(cls, operator: fm.LinearOperator, *, seed: int, progress: bool) -> Edge:
-        """Find them."""
+        """Compute the largest eigenvalues and the smallest one."""
         pairs = fm.lanczos(operator, k=PAIRS, seed=seed, progress=progress)
-        # It is a hundredth of the largest, to which tolerances refer.
+        # Tolerances are relative to the largest, of which this is a hundredth.
         low = fm.lanczos(operator, which="SA", tol=1e-4, seed=seed, progress=progress)
         return cls(pairs, *widest_gap(pairs.eigenvalues), float(low.eigenvalues[0]))
 
     @property
     def above(self) -> fm.EigenResult:
-        """The outliers alone."""
+        """Only the outliers."""
         vectors, count = self.pairs.eigenvectors, self.outliers
         assert vectors is not None
         return dataclasses.replace(
@@ -63,13 +63,13 @@ class Edge:
         )
 
     def ratio(self, place: int) -> float:
-        """λ_place / λ_{place+1}, counted from 1."""
+        """Return λ_place / λ_{place+1}, counted from 1."""
         return float(self.pairs.eigenvalues[place - 1] / self.pairs.eigenvalues[place])
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A network when its training loss first fell below a wanted one."""
+    """A network when its training loss first reached a given value."""
 
     loss: float
     gradient_norm: float
@@ -79,7 +79,7 @@ class Net:
     densities: dict[str, fm.SpectralDensity]
 
     def numbers(self, name: str) -> dict[str, float]:
-        """What the table shows of H or G."""
+        """Return what the table shows of H or G."""
         edge, density = self.edges[name], self.densities[name]
         values = edge.pairs.eigenvalues
         trace = density.size * density.mean().value
@@ -105,11 +105,11 @@ class Net:
 
 
 Runs = dict[int, dict[str, list[dict[float, Net]]]]
-"""By number of classes, by the label of the batch, for each seed, by loss."""
+"""Nets by number of classes, label of the batch, seed and loss."""
 
 
 def count_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
-    """Outliers for each number of classes and each loss, by seed, with λ_{C−1} / λ_C."""
+    """Tabulate the outliers by classes and loss for each seed, with λ_{C−1} / λ_C."""
     rows = []
     for classes, nets in runs.items():
         for loss in losses:
@@ -126,7 +126,7 @@ def count_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
 
 
 def spectrum_table(nets: dict[str, list[Net]]) -> fm.Table:
-    """Numbers of the whole spectrum, mean ± standard deviation over the seeds."""
+    """Tabulate numbers of the whole spectrum, mean ± standard deviation over the seeds."""
     columns = {
         f"{name}, {label}": [net.numbers(name) for net in found]
         for name in ("H", "G")
@@ -144,7 +144,7 @@ def spectrum_table(nets: dict[str, list[Net]]) -> fm.Table:
 
 
 def nesting_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
-    """Whether the small batch's spectrum lies inside the large batch's, over the seeds."""
+    """Tabulate whether the small batch's spectrum lies inside the large batch's."""
     rows = []
     for classes, nets in runs.items():
         for loss in losses:
@@ -178,11 +178,11 @@ def nesting_table(runs: Runs, losses: Sequence[float]) -> fm.Table:
 
 
 def picture(nets: dict[str, Net], classes: int, title: str) -> Figure:
-    """Densities of both Hessians, and the largest eigenvalues of H and G."""
+    """Draw the densities of both Hessians and the largest eigenvalues of H and G."""
     figure = plt.figure(figsize=(11.0, 5.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1))
     densities = {label: net.densities["H"] for label, net in nets.items()}
-    # One width for both, so that their heights can be compared.
+    # The same width for both makes their heights comparable.
     sigma = max(d.largest - d.smallest for d in densities.values()) / 400
     left = None
     for row, (label, density) in enumerate(densities.items()):
@@ -225,7 +225,7 @@ def picture(nets: dict[str, Net], classes: int, title: str) -> Figure:
 
 
 def eigenvalues(runs: Runs) -> list[dict[str, Any]]:
-    """The largest eigenvalues of everything, for a file."""
+    """Return the largest eigenvalues of all runs, for a file."""
     return [
         {
             "classes": classes,

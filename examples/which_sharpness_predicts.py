@@ -1,14 +1,14 @@
 """Which sharpness predicts generalisation? Ranks of measures against ranks of test errors.
 
-Trains a few dozen small nets on a few real images, over batch size, learning rate, width, weight
-decay and seed, down to the same training loss. Takes every measure of sharpness of each, and
+Trains a few dozen small nets on a few real images to the same training loss, varying batch size,
+learning rate, width, weight decay and seed. Takes every measure of sharpness of each net and
 reports Kendall's τ with the test error: over all nets, and granulated, within groups of nets that
-differ in one hyper-parameter alone (Jiang et al. 2020, arXiv:1912.02178, section 2.2). Each net is
-kept in a file when it is done, so that a run that was stopped goes on where it was.
+differ in a single hyper-parameter (Jiang et al. 2020, arXiv:1912.02178, section 2.2). Each finished
+net is kept in a file, so an interrupted run resumes where it stopped.
 
-    python examples/which_sharpness_predicts.py                      # digits, some minutes
+    python examples/which_sharpness_predicts.py                      # digits, a few minutes
     python examples/which_sharpness_predicts.py --against gap        # the same nets, in seconds
-    python examples/which_sharpness_predicts.py --quick              # a few nets, less of all
+    python examples/which_sharpness_predicts.py --quick              # a few nets, fewer settings
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ MEASURES: dict[str, Any] = {
     "fisher_rao_norm": {"kind": "exact"},
     "relative_flatness": {"products": 50},
     "critical_sharpness": {"tol": 0.01},
-    # Unless outliers are taken out first, the error is as large as what nets differ by.
+    # Without removing outliers first, the error is as large as the differences between nets.
     "laplace_log_evidence": {
         "prior_precision": "optimise",
         "probes": 8,
@@ -99,12 +99,12 @@ QUICK = {
     "bootstrap": 200,
 }
 LARGER_IS_FLATTER = ("Laplace log evidence", "λₙ smallest eigenvalue")
-"""Numbers that count with the other sign, as all others are larger where it is sharper."""
+"""Numbers whose sign is changed, so that larger is sharper for all of them."""
 TRAINING_LOSS = "training loss"
 
 
 def network(features: int, classes: int, width: int) -> nn.Sequential:
-    """Two hidden layers, without batch norm, so that every measure says what it should."""
+    """Return an MLP without batch norm, for which every measure means what it should."""
     return nn.Sequential(
         nn.Linear(features, width),
         nn.ReLU(),
@@ -115,10 +115,10 @@ def network(features: int, classes: int, width: int) -> nn.Sequential:
 
 
 def split(data: image_data.ImageData, count: int) -> image_data.ImageData:
-    """So many of the training images, drawn with a fixed seed; all others are the test set."""
+    """Draw `count` training images with a fixed seed; all others become the test set."""
     total = len(data.train_inputs)
     if count >= total:
-        raise ValueError(f"{data.name} has {total} training images; take fewer to train on")
+        raise ValueError(f"{data.name} has {total} training images; train on fewer")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     kept, rest = order[:count], order[count:]
     inputs = torch.cat([data.train_inputs[rest], data.test_inputs])
@@ -131,11 +131,11 @@ def split(data: image_data.ImageData, count: int) -> image_data.ImageData:
 def train(
     model: nn.Module, inputs: Tensor, labels: Tensor, net: Net, *, loss: float, max_steps: int
 ) -> tuple[int, float]:
-    """Plain SGD until the training loss first falls to `loss`; how many steps, and the loss.
+    """Train with plain SGD to a training loss of `loss`; return the number of steps and the loss.
 
-    The loss of all images, without the weight decay, is taken after every step, and the last step
-    is shortened to where it is `loss`, so that all nets are measured at the same. The loss is
-    another one where the steps ran out or it is no longer finite.
+    The loss on all images, without weight decay, is evaluated after every step. The last step is
+    shortened to hit `loss`, so that all nets are measured at the same loss. The returned loss
+    differs from it if the steps ran out or the loss is no longer finite.
     """
     generator = torch.Generator().manual_seed(net.seed)
     optimizer = torch.optim.SGD(
@@ -168,7 +168,7 @@ def train(
 def _shortened(
     parameters: Sequence[Tensor], before: Sequence[Tensor], value: Any, loss: float
 ) -> float:
-    """Go back on the last step to where the loss is the wanted one; returns it."""
+    """Shorten the last step until the loss is the wanted one, and return the loss."""
     after = [p.detach().clone() for p in parameters]
     low, high = 0.0, 1.0
     found = float(value())
@@ -185,9 +185,9 @@ def _shortened(
 def measured(
     model: nn.Module, inputs: Tensor, labels: Tensor, measures: Mapping[str, Any], products: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Every measure on the training images, and the names of those that are doubtful."""
+    """Take every measure on the training images; also return the names of the doubtful ones."""
     with warnings.catch_warnings():
-        # That it did not converge is in the outcome, which is counted below the table.
+        # Outcomes say what did not converge; they are counted below the table.
         warnings.simplefilter("ignore", fm.ConvergenceWarning)
         report = fm.sharpness(
             model,
@@ -211,7 +211,7 @@ def measured(
 
 
 def fitted(net: Net, data: image_data.ImageData, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one net and measure it: what is kept of it."""
+    """Train one net, measure it, and return its record."""
     torch.manual_seed(net.seed)
     model = network(data.features, data.classes, net.width)
     inputs, labels = data.train_inputs, data.train_labels
@@ -246,7 +246,7 @@ def fitted(net: Net, data: image_data.ImageData, options: argparse.Namespace) ->
 
 
 def grid(options: argparse.Namespace) -> list[Net]:
-    """All nets, the seeds outermost."""
+    """List all nets, with the seeds in the outermost loop."""
     axes = (options.batch_sizes, options.learning_rates, options.widths, options.weight_decays)
     levels = itertools.product(range(options.seeds), *(sorted(set(values)) for values in axes))
     return [Net(b, rate, width, decay, seed) for seed, b, rate, width, decay in levels]
@@ -255,7 +255,7 @@ def grid(options: argparse.Namespace) -> list[Net]:
 def all_nets(
     data: image_data.ImageData, options: argparse.Namespace, folder: Path
 ) -> list[dict[str, Any]]:
-    """What is kept of every net: from its file, or trained and measured now."""
+    """Return the record of every net, read from its file or trained and measured now."""
     images = hashlib.sha256()
     for tensor in (data.train_inputs, data.train_labels, data.test_inputs, data.test_labels):
         images.update(tensor.numpy().tobytes())
@@ -291,31 +291,29 @@ def all_nets(
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--data", choices=image_data.NAMES, default="digits", help="which images")
-    add("--root", type=Path, help="folder with the files of mnist, … , cifar10")
-    add("--train-images", type=int, default=300, help="to train on; all others test")
-    add("--loss", type=float, default=0.05, help="training loss that all nets are trained to")
-    add(
-        "--max-steps", type=int, default=20000, help="of a training; without success it is left out"
-    )
-    add("--batch-sizes", type=int, nargs="+", default=[10, 50, 150], help="of SGD")
-    add("--learning-rates", type=float, nargs="+", default=[0.05, 0.3], help="of SGD")
-    add("--widths", type=int, nargs="+", default=[32, 128], help="units in a layer")
-    add("--weight-decays", type=float, nargs="+", default=[0.0, 5e-3], help="of SGD")
-    add("--seeds", type=int, default=3, help="how many for each of these")
-    add("--against", choices=TARGETS, default="error", help="what should be predicted")
-    add("--bootstrap", type=int, default=2000, help="resamples for an interval")
-    add("--quick", action="store_true", help="a few nets, and less of all")
+    add("--root", type=Path, help="folder with the files of mnist, fashion-mnist or cifar10")
+    add("--train-images", type=int, default=300, help="training images; all others test")
+    add("--loss", type=float, default=0.05, help="training loss of all nets")
+    add("--max-steps", type=int, default=20000, help="steps after which a net is left out")
+    add("--batch-sizes", type=int, nargs="+", default=[10, 50, 150], help="batch sizes of SGD")
+    add("--learning-rates", type=float, nargs="+", default=[0.05, 0.3], help="learning rates")
+    add("--widths", type=int, nargs="+", default=[32, 128], help="units per layer")
+    add("--weight-decays", type=float, nargs="+", default=[0.0, 5e-3], help="weight decays")
+    add("--seeds", type=int, default=3, help="seeds for each combination")
+    add("--against", choices=TARGETS, default="error", help="what to predict")
+    add("--bootstrap", type=int, default=2000, help="resamples per interval")
+    add("--quick", action="store_true", help="a few nets and fewer settings")
     add("--out", type=Path, default=Path("results"), help="folder to write to")
     add("--quiet", action="store_true", help="no progress bars")
     if parser.parse_args(argv).quick:
-        # What is said on the command line still holds.
+        # Arguments on the command line override the quick settings.
         parser.set_defaults(**QUICK)
     options = parser.parse_args(argv)
     for name, low in (
@@ -325,7 +323,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         value = getattr(options, name)
         if not min(value if isinstance(value, list) else [value]) >= low:
-            parser.error(f"--{name.replace('_', '-')} must be {low} at least")
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
     for name in ("loss", "learning_rates", "weight_decays"):
         value = getattr(options, name)
         values = value if isinstance(value, list) else [value]
@@ -339,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, print and draw."""
     options = arguments(argv)
     mpl.use("Agg")
-    # The nets are so small that a second thread would only be waited for.
+    # The nets are too small for a second thread to help.
     torch.set_num_threads(1)
     stem = options.out / f"which_sharpness_predicts_{options.data}"
     try:
@@ -358,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if len(runs) < 3:
             raise ValueError(
-                f"{len(runs)} of {len(everything)} nets came to a training loss of "
+                f"{len(runs)} of {len(everything)} nets reached a training loss of "
                 f"{options.loss:g}; three are needed. Give more --max-steps, another "
                 "--learning-rates or a larger --loss"
             )
@@ -366,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; nets that are done are kept in {stem}", file=sys.stderr)
+        print(f"\nstopped; finished nets are kept in {stem}", file=sys.stderr)
         return 130
     stem = stem.with_name(stem.name + ("" if options.against == "error" else f"_{options.against}"))
     numbers = {

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import flatminima as fm
 import models_page
@@ -61,31 +59,9 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
     ]
 
 
-def given_in_the_readme() -> dict[str, Any]:
-    """What a reader of the README has already."""
-    torch.manual_seed(0)
-    models = [
-        nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
-        for _ in range(2)
-    ]
-    for model in models:
-        # Trained models have no batch norm at its start, where its bias is zero.
-        nn.init.normal_(model[1].bias)
-    data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
-    return {
-        "model": models[0],
-        "loss_fn": nn.CrossEntropyLoss(),
-        "train_loader": DataLoader(data, batch_size=20, shuffle=True),
-        "small_batch_model": models[0],
-        "large_batch_model": models[1],
-    }
-
-
 def run(page: Path) -> None:
     """Run the page's blocks from top to bottom in one namespace, or recipes in one for each."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    if page.name == "README.md":
-        namespace |= given_in_the_readme()
     name = str(page.relative_to(ROOT))
     for line, language, source in blocks(page):
         if language == "python":
@@ -118,6 +94,17 @@ def test_blocks_run(
         run(page)
     finally:
         plt.close("all")
+
+
+def test_the_readme_prints_the_table_below_its_first_block(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, _, source = blocks(ROOT / "README.md")[0]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]
+    assert text.index(source) < text.index(table) < text.index("```bash")
+    exec(compile(source, "README.md", "exec"), {})
+    assert Checker().check_output(table, capsys.readouterr().out, doctest.NORMALIZE_WHITESPACE)
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=p.name) for p in PAGES if p.exists()])
