@@ -10,11 +10,8 @@ over the rounds of the ratio to the product with everything.
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
 import functools
 import operator
-=======
->>>>>>> deriv
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -58,15 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _ratios(problem: Problem, name: str, pieces: Sequence[str], rounds: int) -> dict[str, str]:
     chosen = [p for p in pieces if p in USED[name]]
-<<<<<<< HEAD
-    omitted: dict[str, set[str]] = {
-        EVERYTHING: set(),
-        **{p: {p} for p in chosen},
-        NOTHING: set(PIECES),
-    }
-=======
-    omitted = {EVERYTHING: set(), **{p: {p} for p in chosen}, NOTHING: set(PIECES)}
->>>>>>> deriv
+    omitted: dict[str, set[str]] = {EVERYTHING: set(), **{p: {p} for p in chosen}}
+    omitted[NOTHING] = set(PIECES)
     tasks: dict[str, Callable[[], object]] = {}
     with contextlib.ExitStack() as sessions:
         for label, without in omitted.items():
@@ -81,11 +71,7 @@ def _ratios(problem: Problem, name: str, pieces: Sequence[str], rounds: int) -> 
             sessions.enter_context(hessian.session())
             for _ in range(2):  # the second product keeps the graph
                 hessian @ vector
-<<<<<<< HEAD
             tasks[label] = functools.partial(operator.matmul, hessian, vector)
-=======
-            tasks[label] = lambda hessian=hessian, vector=vector: hessian @ vector
->>>>>>> deriv
         seconds = turns(tasks, rounds=rounds, device=problem.device)
     base = seconds.pop(EVERYTHING)
     found = {EVERYTHING: f"{1e3 * statistics.median(base):.1f}"}
