@@ -21,22 +21,24 @@ import flatminima as fm
 from flatminima.derivatives.hand_written import PIECES
 
 from .harness import arguments, machine, print_table, turns
-from .models import MODELS, Problem
+from .models import MODELS, Problem, transformer256
 
 # The hand-written derivatives that each model has something to do for.
-USED = {
+USED: dict[str, tuple[str, ...]] = {
     "mlp": ("batch_norm",),
     "resnet20": ("batch_norm", "channels_last", "convolution"),
     "transformer": ("attention",),
+    "transformer256": ("attention",),
     "lstm": ("lstm",),
 }
+PROBLEMS = MODELS | {"transformer256": transformer256}
 EVERYTHING, NOTHING = "with all", "without any"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = arguments(__doc__ or "", rounds=30)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--pieces", nargs="+", default=list(PIECES), choices=PIECES)
     parser.add_argument("--quick", action="store_true", help="two small models, one round")
     options = parser.parse_args(argv)
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     rows = []
     for name in options.models:
-        ratios = _ratios(MODELS[name](options.device), name, options.pieces, options.rounds)
+        ratios = _ratios(PROBLEMS[name](options.device), name, options.pieces, options.rounds)
         rows.append([name, *(ratios.get(c, "") for c in (EVERYTHING, *options.pieces, NOTHING))])
     header = ["model", "product (ms)", *(f"without {p}" for p in options.pieces), NOTHING]
     print_table(header, rows)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Problem"]
+__all__ = ["MODELS", "Problem", "transformer256"]
 
 
 class Problem:
@@ -164,6 +164,12 @@ def transformer(device: str) -> Problem:
     """A two-layer causal transformer, in four batches of 32 sequences of 64 tokens."""
     torch.manual_seed(0)
     return Problem(LanguageModel("transformer"), _tokens(64, (32,) * 4), device)
+
+
+def transformer256(device: str) -> Problem:
+    """The same transformer on sequences of 256 tokens, 8 in a batch."""
+    torch.manual_seed(0)
+    return Problem(LanguageModel("transformer"), _tokens(256, (8,)), device)
 
 
 MODELS: dict[str, Callable[[str], Problem]] = {
