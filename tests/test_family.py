@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.report.family import FAMILY
+from flatminima.report.measure_table import FAMILY
 from flatminima.report.sharpness import MEASURES
 
 DOUBLE = torch.float64
@@ -243,7 +243,7 @@ def test_comparisons_have_every_measure_and_distrust_the_doubtful():
         ({"sam_sharpness": {"roh": 1}}, fm.InvalidArgumentError, "no setting 'roh'.*mean 'rho'"),
         ({"sam_sharpness": {"seed": 1}}, fm.InvalidArgumentError, "no setting 'seed'"),
         ({"sam_sharpness": {"rho": 0}}, fm.InvalidArgumentError, "'rho' argument"),
-        ({"trace": {"products": 3}}, fm.InvalidArgumentError, "'trace' has no settings"),
+        ({"trace": {"products": 3}}, fm.InvalidArgumentError, "'trace' takes no settings"),
         ({"sam_sharpness": 0.1}, fm.ArgumentTypeError, "must be a mapping"),
         ({"sam_sharpness": []}, fm.ArgumentTypeError, "must be a mapping"),
         ({"sam_sharpness": [0.1]}, fm.ArgumentTypeError, "must be a mapping"),

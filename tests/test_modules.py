@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import flatminima as fm
-from flatminima.objective.modules import unwrapped
+from flatminima.objective.modules import unwrap
 from integrity import untouched
 
 
@@ -88,7 +88,7 @@ def test_wrapped_models_are_measured_without_their_wrapper(wrapper):
     plain = fm.Objective(model, nn.MSELoss(), (X, Y), batch_size=4)
     wrapped = WRAPPERS[wrapper](model)
     objective = fm.Objective(wrapped, nn.MSELoss(), (X, Y), batch_size=4)
-    assert objective.model is model is unwrapped(wrapped)
+    assert objective.model is model is unwrap(wrapped)
     assert objective.layout.names == tuple(n for n, _ in model.named_parameters())
     assert objective.loss() == plain.loss()
     assert torch.equal(objective.gradient(), plain.gradient())

@@ -385,7 +385,7 @@ def test_known_diagonals_and_zero_need_no_looks():
 
 @pytest.mark.parametrize(("limit", "last"), [(24, [24]), (28, [28]), (29, [24, 29])])
 def test_the_last_look_adds_a_fifth_at_least(limit, last):
-    assert list(stopping.looks(limit, 0.1)[0]) == last
+    assert list(stopping.schedule_looks(limit, 0.1)[0]) == last
 
 
 # ----------------------------------------------------------------------------------------- blocks

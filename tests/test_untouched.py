@@ -11,7 +11,7 @@ from torch import nn
 
 import flatminima as fm
 from exhaustive import thinned
-from flatminima.report.family import FAMILY
+from flatminima.report.measure_table import FAMILY
 from integrity import Snapshot, bits
 from zoo import NAMES, build
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["followed", "is_marked", "marked"]
+__all__ = ["follow", "is_marked", "mark"]
 
 _MARK = "_flatminima_channels_last"
 
@@ -19,7 +19,7 @@ def is_marked(tensor: Tensor) -> bool:
     return getattr(tensor, _MARK, False)
 
 
-def marked(out: Any, given: Iterable[Any] = ()) -> Any:
+def mark(out: Any, given: Iterable[Any] = ()) -> Any:
     """Return what a function computed from activations that lie channels last, marked as such.
 
     Args:
@@ -27,7 +27,7 @@ def marked(out: Any, given: Iterable[Any] = ()) -> Any:
         given: the arguments of the function, which may be among its results.
     """
     if isinstance(out, (tuple, list)):
-        return type(out)(marked(t, given) for t in out)
+        return type(out)(mark(t, given) for t in out)
     if not isinstance(out, Tensor) or out.is_contiguous() or any(out is t for t in given):
         return out
     if not out.is_contiguous(memory_format=torch.channels_last):
@@ -36,7 +36,7 @@ def marked(out: Any, given: Iterable[Any] = ()) -> Any:
     return out
 
 
-def followed(
+def follow(
     func: Any,
     compute: Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any],
     args: tuple[Any, ...],
@@ -65,7 +65,7 @@ def followed(
         for tensor in own:
             _lay_out(tensor)
         return compute(func, args, kwargs)
-    return marked(compute(func, args, kwargs), given)
+    return mark(compute(func, args, kwargs), given)
 
 
 def _lay_out(tensor: Tensor) -> None:

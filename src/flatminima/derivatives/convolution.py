@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .channels_last import is_marked, marked
+from .channels_last import is_marked, mark
 from .eligibility import are_plain, have_values
 from .torch_private import CONVOLUTION, CONVOLUTION_BACKWARD
 
@@ -61,7 +61,7 @@ def convolution(
     lists = [v * dimensions if len(v) == 1 else v for v in lists]
     options = (*lists, False, [0] * dimensions, groups)
     if channels_last and _may_lie_channels_last(input, weight):
-        return marked(_forward(input, weight, bias, _ChannelsLast(options)))  # type: ignore[no-any-return]
+        return mark(_forward(input, weight, bias, _ChannelsLast(options)))  # type: ignore[no-any-return]
     return _forward(input, weight, bias, options)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .torch_private import is_reentrant_checkpoint, leaf_of
 
-__all__ = ["accumulated", "checkpoints_reentrantly", "nodes"]
+__all__ = ["accumulate", "checkpoints_reentrantly", "nodes"]
 
 
 def checkpoints_reentrantly(loss: Tensor) -> bool:
@@ -34,7 +34,7 @@ def nodes(*tensors: Tensor) -> Iterator[Any]:
         waiting += [n for n, _ in node.next_functions]
 
 
-def accumulated(
+def accumulate(
     loss: Tensor, leaves: Sequence[Tensor], others: Iterable[Tensor], *, keep: bool = False
 ) -> list[Tensor | None]:
     """Return the gradients by `leaves`, private tensors, computed by `.backward()`.

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .attention import scaled_dot_product_attention
 from .batch_norm import batch_norm
-from .channels_last import followed
+from .channels_last import follow
 from .convolution import DIMENSIONS, convolution
 
 __all__ = ["REPLACED", "Substitution"]
@@ -47,7 +47,7 @@ class Substitution(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if self._channels_last:
-            return followed(func, self._called, args, kwargs or {})
+            return follow(func, self._called, args, kwargs or {})
         return self._called(func, args, kwargs or {})
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

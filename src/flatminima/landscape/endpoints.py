@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentTypeError, InvalidArgumentError, StateMismatchError
-from ..objective.modules import unwrapped, without_prefix
+from ..objective.modules import unwrap, without_prefix
 from ..objective.objective import Objective
 from ..support.vectors import check_vector
 
@@ -116,7 +116,7 @@ def endpoint_state(call: str, objective: Objective, endpoint: Endpoint, argument
     """
     own = model_state(objective.model)
     if isinstance(endpoint, nn.Module):
-        given = model_state(unwrapped(endpoint))
+        given = model_state(unwrap(endpoint))
     elif isinstance(endpoint, Mapping):
         given = {n: t.detach() for n, t in endpoint.items() if isinstance(t, Tensor)}
         while not given.keys() & own.keys():

@@ -9,8 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..algorithms.estimators.probes import spread
-from ..algorithms.estimators.stopping import check_rtol, conclude, ended, looks, settled
+from ..algorithms.estimators.probes import mean_and_spread
+from ..algorithms.estimators.stopping import (
+    check_rtol,
+    conclude,
+    is_precise,
+    outcome_of,
+    schedule_looks,
+)
 from ..errors import ConvergenceError, ConvergenceWarning, warn
 from ..objective.derived import with_normalized_logits
 from ..objective.objective import Objective, check_objective
@@ -185,16 +191,16 @@ def average_sharpness(
     rises = torch.empty(0, dtype=torch.float64)
     done = rtol is None
     with progress_bar("average sharpness", total=2 * limit, unit="loss", show=progress) as bar:
-        for count in looks(limit, rtol)[0]:
+        for count in schedule_looks(limit, rtol)[0]:
             found = objective.losses_at(pairs(count - len(rises)))
             losses = torch.tensor(found, dtype=torch.float64)
             rises = torch.cat([rises, losses.view(-1, 2).mean(dim=1) - loss])
-            value, error = map(float, spread(rises))
+            value, error = map(float, mean_and_spread(rises))
             error = math.hypot(error, smallest / 4)
-            if rtol is not None and settled(value, error, count, rtol):
+            if rtol is not None and is_precise(value, error, count, rtol):
                 done = True
                 break
-    outcome = ended(exact=False, done=done, rtol=rtol)
+    outcome = outcome_of(exact=False, done=done, rtol=rtol)
     if not torch.isfinite(rises).all():
         outcome = Outcome.NON_FINITE_POINTS
     elif abs(value) <= smallest:

@@ -17,7 +17,7 @@ from ..support.precision import precision_notes, resolution
 from ..support.progress import progress_bar
 from ..support.randomness import Seed, as_generator
 from ..support.vectors import check_vector
-from .result import Measurement, MeasureResult, counted
+from .result import Measurement, MeasureResult, format_count
 
 __all__ = ["CriticalSharpnessResult", "critical_sharpness"]
 
@@ -79,8 +79,8 @@ class CriticalSharpnessResult(MeasureResult):
 
     def measurements(self) -> tuple[Measurement, ...]:
         """One line."""
-        cost = f"{counted(self.gradients, 'gradient')}, " if self.gradients else ""
-        cost += counted(self.evaluations, "loss")
+        cost = f"{format_count(self.gradients, 'gradient')}, " if self.gradients else ""
+        cost += format_count(self.evaluations, "loss")
         error = self.error if math.isfinite(self.error) else None
         name = "critical sharpness 2/η" + (", update given" if self.along == "update" else "")
         return self._line(name, cost, error, "bracket")

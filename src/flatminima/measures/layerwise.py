@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algorithms.eigen.lanczos import LanczosSteps, Steps
 from ..algorithms.eigen.result import EigenResult, check_tolerance
-from ..algorithms.estimators.probes import deflated_samples, spread
+from ..algorithms.estimators.probes import deflated_samples, mean_and_spread
 from ..errors import ConvergenceWarning, warn
 from ..objective.objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
@@ -237,7 +237,9 @@ def _traces(
     with progress_bar("layerwise: traces", total=products, unit="product", show=progress) as bar:
         sizes = operator.objective.layout.sizes
         samples = deflated_samples(operator, products, generator, sizes, bar.update)
-    values, errors = spread(torch.stack([samples[:, g].sum(dim=1) for g in groups.values()], dim=1))
+    values, errors = mean_and_spread(
+        torch.stack([samples[:, g].sum(dim=1) for g in groups.values()], dim=1)
+    )
     return values.tolist(), errors.tolist()
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..algorithms.estimators.probes import spread
+from ..algorithms.estimators.probes import mean_and_spread
 from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
@@ -147,8 +147,8 @@ def local_energy(
     # The curve begins at the origin.
     steps = np.diff(sizes, prepend=0.0)
     weights = (steps + np.append(steps[1:], 0.0)) / 2 / sizes[-1]
-    value, error = (float(part) for part in spread(torch.from_numpy(weights @ rises)))
-    means, errors = spread(torch.from_numpy(rises.T))
+    value, error = (float(part) for part in mean_and_spread(torch.from_numpy(weights @ rises)))
+    means, errors = mean_and_spread(torch.from_numpy(rises.T))
     outcome = Outcome.COMPLETED
     if not np.isfinite(rises).all():
         outcome = Outcome.NON_FINITE_POINTS

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from ..algorithms.estimators.probes import spread
+from ..algorithms.estimators.probes import mean_and_spread
 from ..errors import InvalidArgumentError
 from ..objective.objective import Objective, check_objective
 from ..results import Outcome, Table, format_number
@@ -251,5 +251,5 @@ def _error(tried: dict[float, Tensor], sigma: float, target: float) -> float:
     power = float(np.polyfit(x - x.mean(), y, 1)[0])
     if power <= 0:
         return math.nan
-    _, error = spread(tried[sigma])
+    _, error = mean_and_spread(tried[sigma])
     return sigma * float(error) / (power * target)

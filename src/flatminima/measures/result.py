@@ -6,16 +6,16 @@ import dataclasses
 
 from ..results import Outcome, Result, Table, format_number, reading_notes
 
-__all__ = ["HEADER", "MeasureResult", "Measurement", "counted"]
+__all__ = ["HEADER", "MeasureResult", "Measurement", "format_count"]
 
 HEADER = ("measure", "value", "± error", "diagnosis", "cost")
 
 
-def counted(number: int, unit: str) -> str:
+def format_count(number: int, unit: str) -> str:
     """Return a number of things, as a cost.
 
     Examples:
-        >>> counted(1, "gradient"), counted(3, "loss")
+        >>> format_count(1, "gradient"), format_count(3, "loss")
         ('1 gradient', '3 losses')
     """
     plural = {"loss": "losses"}.get(unit, f"{unit}s")

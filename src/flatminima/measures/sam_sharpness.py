@@ -19,7 +19,7 @@ from ..support.precision import precision_notes, resolution
 from ..support.progress import progress_bar
 from ..support.randomness import Seed, as_generator
 from .noise import magnitudes
-from .result import Measurement, MeasureResult, counted
+from .result import Measurement, MeasureResult, format_count
 
 __all__ = ["SamSharpnessResult", "sam_sharpness"]
 
@@ -92,7 +92,7 @@ class SamSharpnessResult(MeasureResult):
 
     def measurements(self) -> tuple[Measurement, ...]:
         """One line."""
-        cost = f"{counted(self.gradients, 'gradient')}, {counted(self.losses, 'loss')}"
+        cost = f"{format_count(self.gradients, 'gradient')}, {format_count(self.losses, 'loss')}"
         return self._line(self.name, cost + (f" of {self.m} examples" if self.m else ""))
 
     def _table(self) -> Table:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..derivatives.torch_private import COMPILED_PREFIX, DROPOUT, compiled_inside
 from ..errors import DeviceError, FlatMinimaWarning, ParameterSelectionError, warn
 
-__all__ = ["check_devices", "check_model", "drops", "unwrapped", "without_prefix"]
+__all__ = ["check_devices", "check_model", "drops", "unwrap", "without_prefix"]
 
 _PREFIXES = (COMPILED_PREFIX, "module.")
 _QUANTIZED = (
@@ -21,7 +21,7 @@ _SHARDED = (
 )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
     Compiled code has no second derivative, and the wrappers of data parallelism act in ways

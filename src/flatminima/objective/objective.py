@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..derivatives.gradients import accumulated, checkpoints_reentrantly
+from ..derivatives.gradients import accumulate, checkpoints_reentrantly
 from ..derivatives.hand_written import HandWritten
 from ..errors import DeviceError, InvalidArgumentError, NonFiniteError
 from ..support.checks import check_callables, check_choice, check_device, check_instance
@@ -22,7 +22,7 @@ from .guards import Derivatives
 from .losses import is_sum
 from .metrics import Metric
 from .microbatches import Microbatch, Pieces
-from .modules import check_devices, check_model, unwrapped
+from .modules import check_devices, check_model, unwrap
 from .points import State, evaluate_states
 from .selection import Selection, select_parameters
 from .weights import BatchWeight, example_count, split_pair
@@ -142,7 +142,7 @@ class Objective:
             wanted = "a tuple of tensors, a list of batches, a DataLoader or a Dataset"
             raise InvalidArgumentError(f"Objective needs data: {wanted}.")
         self.mode = check_choice("Objective", "mode", mode, ("eval", "train", "keep"))
-        model = unwrapped(model)
+        model = unwrap(model)
         check_model(model)
         self.model = model
         selected = select_parameters(model, params)
@@ -253,7 +253,7 @@ class Objective:
             if self._accumulates is None:
                 accumulates = accumulates or checkpoints_reentrantly(seen.loss)
             if accumulates:
-                return accumulated(seen.loss, leaves, own)
+                return accumulate(seen.loss, leaves, own)
             return torch.autograd.grad(seen.loss, leaves, allow_unused=True)
 
         value, (gradient,) = self.sum_over_batches(part, shift, check=displacement is None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..derivatives.gradients import accumulated, checkpoints_reentrantly
+from ..derivatives.gradients import accumulate, checkpoints_reentrantly
 from ..derivatives.missing import where
 from ..derivatives.torch_private import no_checkpoint_warning
 from ..derivatives.tracing import LOSS, GraphTrace
@@ -31,7 +31,7 @@ from .outputs.loss_curvature import (
     outputs_at,
     places_in,
 )
-from .products.differences import extrapolated
+from .products.differences import extrapolate
 from .products.gradient_graph import PerLeaf
 from .products.graph_cache import KeepGraph
 from .products.output_graph import OutputGraph
@@ -168,7 +168,7 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
             wide, narrow, size = self._sum_over_outputs(part, rows=3)
             return wide, narrow, float(torch.linalg.vector_norm(size))
 
-        return extrapolated(quotients, vector, objective.point(), eps)
+        return extrapolate(quotients, vector, objective.point(), eps)
 
     def _output(self, seen: Evaluated, shift: Tensor) -> Any:
         """Return the model's output for the same batch at θ + δ, without a graph."""
@@ -197,7 +197,7 @@ def _pulled(
         return [None] * len(leaves)
     total = torch.stack([(o * c).sum() for o, c in pairs]).sum()
     if checkpoints_reentrantly(total):
-        return accumulated(total, leaves, own, keep=True)
+        return accumulate(total, leaves, own, keep=True)
     return torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
 
 

@@ -18,11 +18,11 @@ __all__ = [
     "SERIES",
     "VERMILLION",
     "figure_size",
-    "finite",
     "in_style",
     "label_few_decades",
     "new_axis",
     "stacked_axes",
+    "with_gaps",
 ]
 
 # Okabe and Ito's palette: also for colour-blind readers.
@@ -83,7 +83,7 @@ def stacked_axes(width: float, *heights: float) -> list[Axes]:
     return axes
 
 
-def finite(values: Sequence[float]) -> Any:
+def with_gaps(values: Sequence[float]) -> Any:
     """Return values as an array in which what is not finite leaves a gap."""
     array = np.array(values, dtype=float)
     return np.where(np.isfinite(array), array, np.nan)

@@ -23,10 +23,10 @@ from .axes import (
     GREY,
     SERIES,
     VERMILLION,
-    finite,
     label_few_decades,
     new_axis,
     stacked_axes,
+    with_gaps,
 )
 
 __all__ = [
@@ -51,12 +51,12 @@ def draw_random_sharpness(result: RandomSharpnessResult, ax: Axes | None) -> Axe
     """Return the largest of each tensor, its mean and spread."""
     axis = new_axis(ax, 6.0, 1.0 + 0.28 * len(result.tensors))
     places = np.arange(len(result.tensors))
-    largest = finite([t.value for t in result.tensors])
+    largest = with_gaps([t.value for t in result.tensors])
     axis.barh(places, largest, color=BLUE, height=0.6, label="largest")
     axis.errorbar(
-        finite([t.mean for t in result.tensors]),
+        with_gaps([t.mean for t in result.tensors]),
         places,
-        xerr=finite([t.standard_deviation for t in result.tensors]),
+        xerr=with_gaps([t.standard_deviation for t in result.tensors]),
         fmt="o",
         color=VERMILLION,
         markersize=3,
@@ -123,7 +123,7 @@ def _module_bars(axis: Axes, names: Sequence[str], columns: Sequence[Column]) ->
     places = np.arange(len(names))
     thickness = 0.76 / len(columns)
     for number, (label, pairs, color) in enumerate(columns):
-        values, errors = (finite(part) for part in zip(*pairs, strict=True))
+        values, errors = (with_gaps(part) for part in zip(*pairs, strict=True))
         at = places + (number - (len(columns) - 1) / 2) * thickness
         height = 0.95 * thickness
         axis.barh(at, values, height, xerr=errors, color=color, ecolor=GREY, label=label)
@@ -204,8 +204,8 @@ def draw_report(result: SharpnessReport, ax: Axes | None) -> Axes:
         _draw_traces(below, traces, shown)
     else:
         axis = new_axis(ax, 7.0, heights[0])
-    values = finite([line.value for line in lines])
-    errors = finite([line.error or 0.0 for line in lines])
+    values = with_gaps([line.value for line in lines])
+    errors = with_gaps([line.error or 0.0 for line in lines])
     colors = [VERMILLION if v < 0 else BLUE for v in values]
     places = np.arange(len(lines))
     # Measures have different units: sizes on a logarithmic axis, the sign in the colour.

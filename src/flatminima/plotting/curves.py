@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ..algorithms.eigen.result import EigenResult
-from ..algorithms.estimators.broadening import resolved
+from ..algorithms.estimators.broadening import is_resolved
 from ..algorithms.estimators.density import SpectralDensity
 from ..landscape.interpolation import Interpolation
-from .axes import BLUE, GREY, SERIES, VERMILLION, finite, new_axis
+from .axes import BLUE, GREY, SERIES, VERMILLION, new_axis, with_gaps
 
 __all__ = ["draw_density", "draw_eigenvalues", "draw_interpolation"]
 
@@ -30,13 +30,13 @@ def draw_interpolation(result: Interpolation, ax: Axes | None) -> Axes:
     handles = []
     known = [v for c in result.curves.values() for v in c.loss if math.isfinite(v)]
     for style, (label, curve) in zip(STYLES * 9, result.curves.items(), strict=False):
-        losses = finite(curve.loss)[order]
+        losses = with_gaps(curve.loss)[order]
         handles += left.plot(
             alphas[order], losses, style, color=BLUE, marker=_marker(losses), label=f"{label} loss"
         )
         for color, name in zip(SERIES[1:] * 9, names, strict=False):
             if right is not None and name in curve.metrics:
-                values = finite(curve.metrics[name])[order]
+                values = with_gaps(curve.metrics[name])[order]
                 handles += right.plot(
                     alphas[order], values, style, color=color, label=f"{label} {name}"
                 )
@@ -130,7 +130,7 @@ def _places(result: SpectralDensity) -> Any:
     if result.scale == "linear":
         grid = np.linspace(values.min() + shifts[0], values.max() + shifts[-1], 1001)
         return np.unique(np.concatenate([grid, np.add.outer(values, shifts).reshape(-1)]))
-    seen = resolved(result.nodes, result.weights, result.complete, result.resolution)
+    seen = is_resolved(result.nodes, result.weights, result.complete, result.resolution)
     sizes = np.abs(np.concatenate([result.nodes[seen].numpy(), result.eigenvalues.numpy()]))
     logs = np.log10(sizes[sizes > result.resolution]) if sizes.any() else np.zeros(1)
     low, high = logs.min() - 2 * result.sigma, logs.max() + shifts[-1]

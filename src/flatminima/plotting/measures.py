@@ -12,7 +12,7 @@ from ..measures.local_energy import LocalEnergyResult
 from ..measures.pac_bayes_sharpness import PacBayesResult
 from ..report.invariance import InvarianceTable
 from ..results import Outcome
-from .axes import BLUE, GREY, SERIES, VERMILLION, finite, label_few_decades, new_axis
+from .axes import BLUE, GREY, SERIES, VERMILLION, label_few_decades, new_axis, with_gaps
 
 __all__ = ["draw_critical", "draw_invariance", "draw_local_energy", "draw_pac_bayes"]
 
@@ -21,7 +21,7 @@ def draw_local_energy(result: LocalEnergyResult, ax: Axes | None) -> Axes:
     """Return the rise at each size of the noise, with two standard errors, from the origin."""
     axis = new_axis(ax, 5.0, 3.4)
     sigmas = np.array([0.0, *result.sigmas])
-    rises, errors = finite([0.0, *result.rises]), finite([0.0, *result.standard_errors])
+    rises, errors = with_gaps([0.0, *result.rises]), with_gaps([0.0, *result.standard_errors])
     axis.fill_between(
         sigmas, rises - 2 * errors, rises + 2 * errors, color=BLUE, alpha=0.25, linewidth=0
     )
@@ -36,7 +36,7 @@ def draw_local_energy(result: LocalEnergyResult, ax: Axes | None) -> Axes:
 def draw_pac_bayes(result: PacBayesResult, ax: Axes | None) -> Axes:
     """Return the mean rise at every σ that was tried, the target, and the σ that was found."""
     axis = new_axis(ax, 5.0, 3.4)
-    axis.plot(result.sigmas, finite(result.rises), color=BLUE, marker="o", markersize=3)
+    axis.plot(result.sigmas, with_gaps(result.rises), color=BLUE, marker="o", markersize=3)
     axis.axhline(result.target, color=GREY, linewidth=0.8, zorder=0)
     axis.annotate(
         f"target {result.target:g}",
@@ -65,7 +65,9 @@ def draw_pac_bayes(result: PacBayesResult, ax: Axes | None) -> Axes:
 def draw_critical(result: CriticalSharpnessResult, ax: Axes | None) -> Axes:
     """Return the loss at every step that was tried, that at θ, and the critical step."""
     axis = new_axis(ax, 5.0, 3.4)
-    axis.plot(result.tried_steps, finite(result.tried_losses), color=BLUE, marker="o", markersize=3)
+    axis.plot(
+        result.tried_steps, with_gaps(result.tried_losses), color=BLUE, marker="o", markersize=3
+    )
     axis.axhline(result.loss, color=GREY, linewidth=0.8, zorder=0)
     axis.annotate(
         "L(θ)",

@@ -39,7 +39,7 @@ from .bars import (
 )
 from .curves import draw_density, draw_eigenvalues, draw_interpolation
 from .measures import draw_critical, draw_invariance, draw_local_energy, draw_pac_bayes
-from .profiles import draw_profiles, grouped
+from .profiles import draw_profiles, group_profiles
 from .surfaces import KINDS, draw_surface
 
 __all__ = ["plot"]
@@ -119,7 +119,7 @@ def plot(
                     f"The {name!r} argument of plot is for surfaces; got a {type(result).__name__}."
                 )
         if isinstance(result, (list, tuple, Mapping)):
-            return draw_profiles(grouped(result), ax)
+            return draw_profiles(group_profiles(result), ax)
         return _draw(result, ax)
 
 

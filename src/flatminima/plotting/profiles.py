@@ -12,15 +12,15 @@ from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.interpolation import Interpolation
 from ..landscape.surface import Surface
 from ..results import Result
-from .axes import GREY, SERIES, finite, label_few_decades, new_axis
+from .axes import GREY, SERIES, label_few_decades, new_axis, with_gaps
 
-__all__ = ["draw_profiles", "grouped"]
+__all__ = ["draw_profiles", "group_profiles"]
 
 Profile = Interpolation | Surface
 STYLES = ("-", "--", ":", "-.")
 
 
-def grouped(results: object) -> dict[str, list[Profile]]:
+def group_profiles(results: object) -> dict[str, list[Profile]]:
     """Return profiles by what they are of: by the keys of a mapping, or by the direction of each.
 
     Raises:
@@ -63,7 +63,7 @@ def draw_profiles(groups: Mapping[str, Sequence[Profile]], ax: Axes | None) -> A
         places = np.array(_places(results[0]))
         order = np.argsort(places)
         for name, style in zip(_sets(results[0]), STYLES * 9, strict=False):
-            losses = np.array([finite(_loss(each, name)) for each in results])[:, order]
+            losses = np.array([with_gaps(_loss(each, name)) for each in results])[:, order]
             middle = np.median(losses, axis=0)
             known = losses[np.isfinite(losses)]
             least = min([least, *known.tolist()])

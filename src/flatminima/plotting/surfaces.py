@@ -17,7 +17,7 @@ from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.surface import Surface
 from ..landscape.trajectory.principal import PrincipalResult
 from ..support.checks import check_instance, check_number
-from .axes import BLUE, GREY, SERIES, VERMILLION, figure_size, finite, new_axis
+from .axes import BLUE, GREY, SERIES, VERMILLION, figure_size, new_axis, with_gaps
 
 __all__ = ["KINDS", "check_plane", "draw_surface"]
 
@@ -122,12 +122,12 @@ def _profile(result: Surface, ax: Axes | None) -> Axes:
     right = left.twinx() if names else None
     handles, least = [], math.inf
     for style, (label, grid) in zip(STYLES * 9, result.grids.items(), strict=False):
-        losses = finite(grid.loss.tolist())
+        losses = with_gaps(grid.loss.tolist())
         least = min(least, float(np.nanmin(losses)))
         handles += left.plot(places, losses, style, color=BLUE, label=f"{label} loss")
         for color, name in zip(SERIES[1:] * 9, names, strict=False):
             if right is not None and name in grid.metrics:
-                values = finite(grid.metrics[name].tolist())
+                values = with_gaps(grid.metrics[name].tolist())
                 handles += right.plot(places, values, style, color=color, label=f"{label} {name}")
     left.axvline(0, color=GREY, linewidth=0.8, zorder=0)
     left.set_xlabel(_axis_label(result, 0))

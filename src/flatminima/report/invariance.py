@@ -15,7 +15,7 @@ from ..landscape.symmetry.rescaling import rescale
 from ..results import Result, Table, format_number
 from ..support.checks import check_choice, check_positive
 from ..support.randomness import Seed, one_seed
-from .family import Options
+from .measure_table import Options
 from .result import SharpnessReport
 from .sharpness import sharpness
 

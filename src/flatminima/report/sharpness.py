@@ -27,7 +27,7 @@ from ..operators.hessian import HessianOperator
 from ..support.checks import check_integer
 from ..support.progress import progress_bar
 from ..support.randomness import Seed, one_seed
-from .family import FAMILY, Options, chosen_measures
+from .measure_table import FAMILY, Options, chosen_measures
 from .result import SharpnessReport
 
 __all__ = ["MEASURES", "sharpness"]

@@ -17,11 +17,11 @@ __all__ = [
     "Floats",
     "Ritz",
     "Steps",
+    "congruent",
     "eigh",
     "select",
     "sum_bound",
     "times",
-    "turned",
 ]
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -147,7 +147,7 @@ class Drift:
         return bool((gaps > NEAR * tolerance).all()) or max(self._moves) <= REST * tolerance
 
 
-def turned(gram: Floats, vectors: Floats) -> Floats:
+def congruent(gram: Floats, vectors: Floats) -> Floats:
     """VᵀGV."""
     return times(vectors.T, times(gram, vectors))
 

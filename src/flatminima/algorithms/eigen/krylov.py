@@ -13,10 +13,10 @@ from ...operators.linear import LinearOperator
 from ...results import Outcome
 from ...support.randomness import Seed, as_generator
 from .basis import Basis
-from .chain import Chain, Drift, Floats, Ritz, Steps, eigh, select, sum_bound, times, turned
+from .chain import Chain, Drift, Floats, Ritz, Steps, congruent, eigh, select, sum_bound, times
 from .result import ROUNDING, EigenResult
 from .symmetry import check_symmetry
-from .warm_start import combined, take_over
+from .warm_start import combine_columns, take_over
 
 __all__ = ["LanczosSteps", "Steps"]
 
@@ -179,7 +179,7 @@ class LanczosSteps:
                 given = None
         drawn = self._random_start()
         assert drawn is not None
-        direction = None if given is None else combined(given)
+        direction = None if given is None else combine_columns(given)
         if direction is None:
             return drawn, None, 0.0
         # A random part is always there: that nothing was missed rests on it.
@@ -275,7 +275,7 @@ class LanczosSteps:
                 order = self._order(ritz)
                 kept = order[: self._kept(len(order))]
                 gone = ritz.values[order[len(kept) :]]
-                self.gram = turned(ritz.gram, ritz.vectors[:held, kept])
+                self.gram = congruent(ritz.gram, ritz.vectors[:held, kept])
                 self._hold(ritz, kept)
                 tie, moved = ritz.tie[kept], True
                 chain.restart(len(kept), gone)
@@ -379,7 +379,7 @@ class LanczosSteps:
         The more of the space is held, the less a search has to see through to what was missed.
         """
         kept = self._order(ritz)[: max(self.k, len(self.basis) - self.probe_steps)]
-        old = turned(ritz.gram, ritz.vectors[: len(self.values), kept])
+        old = congruent(ritz.gram, ritz.vectors[: len(self.values), kept])
         tie = ritz.tie[kept]
         self.gram = sum_bound(old, np.outer(tie, tie), self.k)
         self._hold(ritz, kept)

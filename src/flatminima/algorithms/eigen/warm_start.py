@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .chain import Floats, Steps, eigh, turned
+from .chain import Floats, Steps, congruent, eigh
 
-__all__ = ["Held", "combined", "take_over"]
+__all__ = ["Held", "combine_columns", "take_over"]
 
 GOOD = 0.05
 """Residuals below this part of the Ritz values are worth the products that take vectors over."""
@@ -92,7 +92,7 @@ def take_over(
     if norm == 0:
         return Held(values, np.zeros((count, count)), np.zeros(count), None)
     tie = vectors_.T @ gram @ along / norm
-    return Held(values, turned(gram, vectors_) - np.outer(tie, tie), tie, start / norm)
+    return Held(values, congruent(gram, vectors_) - np.outer(tie, tie), tie, start / norm)
 
 
 def _gram(basis: Basis, count: int) -> Floats:
@@ -106,7 +106,7 @@ def _gram(basis: Basis, count: int) -> Floats:
     return np.asarray((gram + gram.T) / 2)
 
 
-def combined(vectors: Tensor) -> Tensor | None:
+def combine_columns(vectors: Tensor) -> Tensor | None:
     """Return a unit vector with an equal part along each column; None where they cancel."""
     total = torch.zeros_like(vectors[:, 0])
     for i in range(vectors.shape[1]):

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Scale", "default_sigma", "gaussian", "on_axis", "resolved"]
+__all__ = ["Scale", "default_sigma", "gaussian", "is_resolved", "place_on_axis"]
 
 Scale = Literal["linear", "log"]
 
@@ -21,7 +21,7 @@ ALONE = 0.01
 """σ of a spectrum without extent, relative to the value; in decades, where that is the scale."""
 
 
-def on_axis(values: Tensor, scale: str, seen: Tensor) -> tuple[Tensor, Tensor]:
+def place_on_axis(values: Tensor, scale: str, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Return places on the axis and the sides of it, which are all alike on a linear scale.
 
     On a logarithmic one that is log₁₀ |value| and the sign, 0 for what is not `seen`.
@@ -31,7 +31,9 @@ def on_axis(values: Tensor, scale: str, seen: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(seen, values.abs(), 1.0).log10(), torch.where(seen, values.sign(), 0.0)
 
 
-def resolved(nodes: Tensor, weights: Tensor, complete: Sequence[bool], resolution: float) -> Tensor:
+def is_resolved(
+    nodes: Tensor, weights: Tensor, complete: Sequence[bool], resolution: float
+) -> Tensor:
     """Which of the nodes (probes, steps), ascending in each row, have a place on a log scale.
 
     Not those within the resolution of zero. Nor, in a chain that has not come to its end, the
@@ -67,7 +69,7 @@ def default_sigma(
             return OVERLAP * extent / count
         largest = float(nodes.abs().max())
         return ALONE * largest if largest > 0 else ALONE
-    places, sides = on_axis(nodes, scale, seen)
+    places, sides = place_on_axis(nodes, scale, seen)
     gaps = places.diff(dim=1).abs()
     # A gap belongs to both of its ends; those across zero, and to what is filled up, to none.
     mass = (weights[:, 1:] + weights[:, :-1]) / 2

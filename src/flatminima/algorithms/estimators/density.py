@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import ArgumentTypeError, InvalidArgumentError
 from ...results import Estimate, Outcome, Result, Table, format_number, reading_notes
 from ...support.checks import check_choice, check_number, check_positive
-from .broadening import Scale, default_sigma, gaussian, on_axis, resolved
-from .probes import spread
+from .broadening import Scale, default_sigma, gaussian, is_resolved, place_on_axis
+from .probes import mean_and_spread
 from .quadrature import (
     check_positive_definite,
     mean_and_error,
@@ -21,7 +21,7 @@ from .quadrature import (
     spectral_samples,
 )
 
-__all__ = ["SpectralDensity", "on_scale"]
+__all__ = ["SpectralDensity", "put_on_scale"]
 
 CHUNK = 4096
 """Points at which the density is computed at a time."""
@@ -148,9 +148,9 @@ class SpectralDensity(Result):
         return torch.cat(values).reshape(wanted.shape), torch.cat(spreads).reshape(wanted.shape)
 
     def _density(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        nodes, sides = on_axis(self.nodes, self.scale, self._seen())
-        places, signs = on_axis(points, self.scale, points != 0)
-        atoms, ends = on_axis(
+        nodes, sides = place_on_axis(self.nodes, self.scale, self._seen())
+        places, signs = place_on_axis(points, self.scale, points != 0)
+        atoms, ends = place_on_axis(
             self.eigenvalues, self.scale, self.eigenvalues.abs() > self.resolution
         )
         rows = torch.zeros(self.probes, len(points), dtype=torch.float64)
@@ -158,7 +158,7 @@ class SpectralDensity(Result):
             rows[row] = weights @ gaussian(places, signs, values, side, self.sigma)
         rows *= (self.size - len(atoms)) / self.size
         rows += gaussian(places, signs, atoms, ends, self.sigma).sum(dim=0) / self.size
-        return spread(rows)
+        return mean_and_spread(rows)
 
     def rescaled(self, *, scale: Scale = "linear", sigma: float | None = None) -> SpectralDensity:
         """Return the same nodes drawn on another scale, or more or less blurred.
@@ -177,7 +177,7 @@ class SpectralDensity(Result):
             >>> result.rescaled(scale="log", sigma=0.2).sigma
             0.2
         """
-        return on_scale("SpectralDensity.rescaled", self, scale, sigma)
+        return put_on_scale("SpectralDensity.rescaled", self, scale, sigma)
 
     # ----------------------------------------------------------------------- sums over all
 
@@ -317,7 +317,7 @@ class SpectralDensity(Result):
         return mean_and_error((atoms + rest) / self.size)
 
     def _seen(self) -> Tensor:
-        return resolved(self.nodes, self.weights, self.complete, self.resolution)
+        return is_resolved(self.nodes, self.weights, self.complete, self.resolution)
 
     def _samples(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         return spectral_samples(self.nodes, self.weights, self.eigenvalues, self.size, function)
@@ -354,7 +354,7 @@ class SpectralDensity(Result):
         )
 
 
-def on_scale(
+def put_on_scale(
     call: str, density: SpectralDensity, scale: str, sigma: float | None
 ) -> SpectralDensity:
     """Return the same nodes, drawn on this scale; `call` is named in errors."""

@@ -20,7 +20,16 @@ from .leave_one_out import xdiag
 from .probes import blocks, diagonal_by_unit_vectors, t_factor
 from .result import SHOWN
 from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
-from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, check_rtol, conclude, ended, looks, settled
+from .stopping import (
+    FIRST_LOOK,
+    LIMIT,
+    PRODUCTS,
+    check_rtol,
+    conclude,
+    is_precise,
+    outcome_of,
+    schedule_looks,
+)
 
 __all__ = ["DiagonalResult", "diagonal"]
 
@@ -223,11 +232,11 @@ def diagonal(
                 )
             for estimate in found:
                 size, error = _norm(estimate.values), _norm(estimate.errors)
-                done = rtol is None or settled(size, error, estimate.samples, rtol)
+                done = rtol is None or is_precise(size, error, estimate.samples, rtol)
                 if done:
                     break
                 bar.set_postfix_str(f"error {error:.1e} of {size:.1e}", refresh=False)
-    outcome = ended(exact=estimate.method == "exact", done=done, rtol=rtol)
+    outcome = outcome_of(exact=estimate.method == "exact", done=done, rtol=rtol)
     layout = operator.layout
     result = DiagonalResult(
         values=estimate.values,
@@ -262,9 +271,9 @@ def _estimates(
         short = limit < LEAST or torch.finfo(operator.dtype).bits < 32
         most = limit // 2 if rtol is None else FIRST_LOOK // 2
         method = "hutchinson" if short or fits < most else "xdiag"
-        counts, whole = looks(limit, rtol, size=n)
+        counts, whole = schedule_looks(limit, rtol, size=n)
     else:
-        counts, whole = looks(limit, rtol, size=None if method == "hutchinson" else n)
+        counts, whole = schedule_looks(limit, rtol, size=None if method == "hutchinson" else n)
     if method == "hutchinson":
         yield from _hutchinson(operator, counts, generator, step)
     elif method == "xdiag":

@@ -16,8 +16,8 @@ __all__ = [
     "blocks",
     "deflated_samples",
     "diagonal_by_unit_vectors",
+    "mean_and_spread",
     "products_of",
-    "spread",
     "t_factor",
 ]
 
@@ -60,7 +60,7 @@ def t_factor(samples: int) -> float:
     return float(stdtrit(samples - 1, 0.5 * (1 + math.erf(math.sqrt(2))))) / 2
 
 
-def spread(samples: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_spread(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard error of the samples along the first axis, in float64.
 
     A single sample is exact. The standard error is widened by `t_factor`.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import NotPositiveDefiniteError
 from ...results import Estimate, format_number
 from ..eigen.chain import Floats, eigh
-from .probes import spread
+from .probes import mean_and_spread
 
 __all__ = [
     "Quadrature",
@@ -162,7 +162,7 @@ def spectral_samples(
 
 def mean_and_error(samples: Tensor) -> Estimate:
     """Return mean of the samples, (probes,), and its standard error, widened by Student's t."""
-    mean, error = spread(samples)
+    mean, error = mean_and_spread(samples)
     return Estimate(float(mean), float(error))
 
 

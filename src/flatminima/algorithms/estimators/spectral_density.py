@@ -13,7 +13,7 @@ from ...support.randomness import Seed
 from ..eigen.result import EigenResult
 from .broadening import Scale
 from .chains import gauss_quadrature
-from .density import SpectralDensity, on_scale
+from .density import SpectralDensity, put_on_scale
 
 __all__ = ["spectral_density"]
 
@@ -122,4 +122,4 @@ def spectral_density(
         readings=found.readings,
         notes=found.notes,
     )
-    return on_scale(call, result, scale, sigma)
+    return put_on_scale(call, result, scale, sigma)

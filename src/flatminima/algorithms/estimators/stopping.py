@@ -10,7 +10,16 @@ from ...errors import ConvergenceError, ConvergenceWarning, InvalidArgumentError
 from ...results import Outcome
 from ...support.checks import check_positive
 
-__all__ = ["FIRST_LOOK", "LIMIT", "PRODUCTS", "check_rtol", "conclude", "ended", "looks", "settled"]
+__all__ = [
+    "FIRST_LOOK",
+    "LIMIT",
+    "PRODUCTS",
+    "check_rtol",
+    "conclude",
+    "is_precise",
+    "outcome_of",
+    "schedule_looks",
+]
 
 PRODUCTS = 100
 """Default number of products."""
@@ -22,7 +31,7 @@ CONFIDENCE = 0.95
 """With which the true standard error lies below the bound that is compared with `rtol`."""
 
 
-def looks(
+def schedule_looks(
     limit: int,
     rtol: float | None,
     *,
@@ -40,9 +49,9 @@ def looks(
         growth: the factor.
 
     Examples:
-        >>> list(looks(100, 0.1)[0]), list(looks(100, None)[0])
+        >>> list(schedule_looks(100, 0.1)[0]), list(schedule_looks(100, None)[0])
         ([24, 36, 54, 81, 100], [100])
-        >>> counts, whole = looks(1000, 0.1, size=50)
+        >>> counts, whole = schedule_looks(1000, 0.1, size=50)
         >>> list(counts), whole
         ([24, 36], True)
     """
@@ -69,7 +78,7 @@ def check_rtol(call: str, rtol: float | None) -> float | None:
     return checked
 
 
-def settled(value: float, standard_error: float, samples: int, rtol: float) -> bool:
+def is_precise(value: float, standard_error: float, samples: int, rtol: float) -> bool:
     """Return whether the error is small enough, measured by the least size the value may have.
 
     A standard error from few samples may be small by chance, so its upper confidence limit by the
@@ -77,8 +86,10 @@ def settled(value: float, standard_error: float, samples: int, rtol: float) -> b
     less: U ≤ rtol · (|value| − 2 U). A value that may be zero never passes.
 
     Examples:
-        >>> settled(100.0, 5.0, 1000, 0.1), settled(100.0, 5.0, 5, 0.1), settled(0.1, 5.0, 10, 0.1)
-        (True, False, False)
+        >>> is_precise(100.0, 5.0, 1000, 0.1), is_precise(100.0, 5.0, 5, 0.1)
+        (True, False)
+        >>> is_precise(0.1, 5.0, 10, 0.1)
+        False
     """
     from scipy.special import chdtri
 
@@ -86,7 +97,7 @@ def settled(value: float, standard_error: float, samples: int, rtol: float) -> b
     return bound <= rtol * (abs(value) - 2 * bound)
 
 
-def ended(*, exact: bool, done: bool, rtol: float | None) -> Outcome:
+def outcome_of(*, exact: bool, done: bool, rtol: float | None) -> Outcome:
     """Return how an estimate ended: `done` says whether the last look was good enough."""
     if exact:
         return Outcome.EXACT

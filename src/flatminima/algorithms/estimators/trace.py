@@ -16,10 +16,19 @@ from ...support.progress import progress_bar
 from ...support.randomness import Seed, as_generator
 from ...support.vectors import Layout
 from .leave_one_out import deflated_blocks, xtrace, xtrace_blocks
-from .probes import deflated_samples, diagonal_by_unit_vectors, spread
+from .probes import deflated_samples, diagonal_by_unit_vectors, mean_and_spread
 from .result import BlockTrace, TraceResult
 from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
-from .stopping import FIRST_LOOK, LIMIT, PRODUCTS, check_rtol, conclude, ended, looks, settled
+from .stopping import (
+    FIRST_LOOK,
+    LIMIT,
+    PRODUCTS,
+    check_rtol,
+    conclude,
+    is_precise,
+    outcome_of,
+    schedule_looks,
+)
 
 __all__ = ["trace"]
 
@@ -43,7 +52,7 @@ class _Estimate:
 
     def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard error of what has been sampled along the first axis."""
-        mean, error = spread(samples)
+        mean, error = mean_and_spread(samples)
         return mean, torch.hypot(error * self.excess, torch.tensor(self.rounding).double())
 
 
@@ -207,11 +216,11 @@ def trace(
         for estimate in _estimates(probing, method, limit, rtol):
             count = len(estimate.whole)
             value, error = map(float, estimate.of(estimate.whole))
-            done = rtol is None or settled(value, error, count, rtol)
+            done = rtol is None or is_precise(value, error, count, rtol)
             if done:
                 break
             bar.set_postfix_str(f"± {error:.1e}", refresh=False)
-    outcome = ended(exact=estimate.method == "exact", done=done, rtol=rtol)
+    outcome = outcome_of(exact=estimate.method == "exact", done=done, rtol=rtol)
     tensors, modules = _blocks(operator.layout, estimate)
     result = TraceResult(
         value=value,
@@ -249,7 +258,7 @@ def _estimates(
         short = limit < LEAST or torch.finfo(operator.dtype).bits < 32
         fits = room // 3 >= (limit if rtol is None else FIRST_LOOK) // 2
         method = "hutchinson" if short else "xtrace" if fits else "hutch++"
-    counts, whole = looks(
+    counts, whole = schedule_looks(
         limit,
         rtol,
         size=None if method == "hutchinson" else n,

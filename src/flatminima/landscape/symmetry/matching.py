@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InvalidArgumentError, NonFiniteError
-from ...objective.modules import check_model, unwrapped
+from ...objective.modules import check_model, unwrap
 from ...results import Outcome, Result, Table, format_number
 from ...support.checks import check_instance, check_integer
 from ...support.randomness import Seed, as_generator, preserved_random_state
@@ -133,7 +133,7 @@ def match_weights(
         check_instance(call, argument, given, nn.Module, "Give the network itself.")
     max_sweeps = check_integer(call, "max_sweeps", max_sweeps, low=1)
     generator = as_generator(seed, torch.device("cpu"))
-    reference, model = unwrapped(reference), unwrapped(model)
+    reference, model = unwrap(reference), unwrap(model)
     for given in (reference, model):
         check_model(given)
     check_same(model_state(reference), model_state(model), call, "the reference", "model")
@@ -202,7 +202,7 @@ def apply_permutations(
     check_instance(call, "model", model, nn.Module, "Give the network itself.")
     advice = "Make them with match_weights(reference, model)."
     check_instance(call, "permutations", permutations, Permutations, advice)
-    inner = unwrapped(model)
+    inner = unwrap(model)
     check_model(inner)
     groups = unit_groups(call, inner)
     given = permutations.permutations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentTypeError, FlatMinimaWarning, InvalidArgumentError, closest, warn
-from ...objective.modules import check_model, unwrapped
+from ...objective.modules import check_model, unwrap
 from ...support.checks import check_choice, check_instance, check_positive
 from ...support.randomness import Seed, as_generator, preserved_random_state
 from .homogeneous import LAYERS, Paths, Route, Stop, channels_of
@@ -23,7 +23,7 @@ from .homogeneous import LAYERS, Paths, Route, Stop, channels_of
 if TYPE_CHECKING:
     from torch.fx import Graph
 
-__all__ = ["first_line", "rescale", "traced"]
+__all__ = ["first_line", "rescale", "trace_graph"]
 
 _BY_HAND = (
     "Rescale by hand instead: multiply a layer's weight and bias by a factor, and divide the "
@@ -96,7 +96,7 @@ def rescale(
     alpha = check_positive("rescale", "factor", factor)
     check_choice("rescale", "per", per, ("layer", "neuron"))
     generator = as_generator(seed, torch.device("cpu"))
-    model = unwrapped(model)
+    model = unwrap(model)
     check_model(model)
     routes = _routes(model, neurons=per == "neuron")
     chosen = _all(routes) if layers is None else _named(routes, layers)
@@ -174,7 +174,7 @@ def _routes(model: nn.Module, *, neurons: bool) -> dict[str, Route]:
     for training in (False, True):
         for module in modules.values():
             module.training = training
-        paths = Paths(traced(scratch, training), modules, neurons)
+        paths = Paths(trace_graph(scratch, training), modules, neurons)
         names.sort(key=lambda n: paths.position(n) if not training else 0)
         for name in names:
             route = paths.route(name)
@@ -184,7 +184,7 @@ def _routes(model: nn.Module, *, neurons: bool) -> dict[str, Route]:
     return merged
 
 
-def traced(model: nn.Module, training: bool) -> Graph:
+def trace_graph(model: nn.Module, training: bool) -> Graph:
     """Return the graph of a model's forward, traced with its training flag set."""
     from torch.fx import Tracer
 

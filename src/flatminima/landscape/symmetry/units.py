@@ -25,7 +25,7 @@ from .homogeneous import (
     is_query,
     name_of,
 )
-from .rescaling import first_line, traced
+from .rescaling import first_line, trace_graph
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -114,7 +114,7 @@ def unit_groups(call: str, model: nn.Module) -> dict[str, tuple[Place, ...]]:
 
 def _graph(call: str, model: nn.Module, training: bool) -> Graph:
     try:
-        return traced(model, training)
+        return trace_graph(model, training)
     except InvalidArgumentError as error:
         cause = error.__cause__
         why = first_line(cause) if isinstance(cause, Exception) else str(error)

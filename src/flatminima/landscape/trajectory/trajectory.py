@@ -19,7 +19,7 @@ from ...errors import (
     NonFiniteError,
     StateMismatchError,
 )
-from ...objective.modules import check_model, unwrapped
+from ...objective.modules import check_model, unwrap
 from ...objective.objective import Objective
 from ...objective.selection import Selection, select_parameters
 from ...support.checks import check_choice, check_instance, check_integer
@@ -116,7 +116,7 @@ class Trajectory:
             with warnings.catch_warnings():
                 # It is about data, and there are none here.
                 warnings.simplefilter("ignore", FlatMinimaWarning)
-                self._model = unwrapped(model)
+                self._model = unwrap(model)
             check_model(self._model)
             self._layout = Layout.of(select_parameters(self._model, params))
         self.every = check_integer(call, "every", every, low=1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Quotients", "central_differences", "extrapolated"]
+__all__ = ["Quotients", "central_differences", "extrapolate"]
 
 SHRINKINGS = 2
 """How often a step may be made smaller when the two differences disagree."""
@@ -44,10 +44,10 @@ def central_differences(
 
         return difference(step), difference(step / 2), scale
 
-    return extrapolated(quotients, vector, point, eps)
+    return extrapolate(quotients, vector, point, eps)
 
 
-def extrapolated(
+def extrapolate(
     quotients: Quotients, vector: Tensor, point: Tensor, eps: float
 ) -> tuple[Tensor, float]:
     """Return a derivative along `vector` from central differences, and an estimate of its error.
