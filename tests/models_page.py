@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import re
 import warnings
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from zoo import FAMILIES, Case, build, exact_product, facts_of, names_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
-BOUND = re.compile(r"≤ (1e-?\d+)")
-"""How an error is stated: by a power of ten that it stays below."""
 
 HEADINGS = {
     "basic": "Plain models",
@@ -32,8 +29,15 @@ HEADINGS = {
     "wrappers": "Checkpointing, wrappers and types",
     "batches": "Batches, outputs and losses",
 }
-COLUMNS = """\
-| Model | Given as | float64 error | float32 error | How |
+USUAL = {"float64": "1e-14", "float32": "1e-6"}
+"""What most errors stay below, with exact products."""
+
+MOST = """\
+| Family | Models, by what is given |
+|---|---|
+"""
+OTHERS = """\
+| Model | Given as | float64 | float32 | Differences of |
 |---|---|---|---|---|
 """
 
@@ -81,7 +85,7 @@ def measured(name: str) -> Row:
 
 
 def given(case: Case) -> str:
-    """The arguments of `Objective` beside model and data."""
+    """The arguments of `Objective` other than model and data."""
     loss = "`batch_loss`"
     if case.batch_loss is None:
         function = case.loss_fn
@@ -97,19 +101,29 @@ def given(case: Case) -> str:
     return ", ".join([loss, *(option for option, is_there in options.items() if is_there)])
 
 
-def bound(row: Row, dtype: torch.dtype) -> str:
-    """The smallest power of ten that the error surely stays below."""
-    power = math.ceil(math.log10(SLACK * row.errors[dtype]))
-    return f"≤ 1e{power if row.operation else min(power, PROMISED[dtype])}"
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the page says of one model; errors as the powers of ten that they stay below."""
+
+    family: str
+    title: str
+    given: str
+    operation: str
+    limits: dict[str, str]
 
 
-def cells(row: Row) -> list[str]:
-    double, single, half = (
-        bound(row, dtype) if dtype in row.errors else ""
-        for dtype in (torch.float64, torch.float32, torch.bfloat16)
-    )
-    how = f"differences: `{row.operation}`" if row.operation else "exact"
-    return [row.title, row.given, double or "–", single or (half and f"{half} (bfloat16)"), how]
+def entry(family: str, row: Row) -> Entry:
+    limits = {}
+    for dtype, error in row.errors.items():
+        power = math.ceil(math.log10(SLACK * error))
+        name = str(dtype).removeprefix("torch.")
+        limits[name] = f"1e{power if row.operation else min(power, PROMISED[dtype])}"
+    return Entry(HEADINGS[family], row.title, row.given, row.operation, limits)
+
+
+def holds(limit: str, error: float) -> bool:
+    """Whether the limit bounds the error, and is not much wider than that."""
+    return error <= float(limit) <= 1e3 * error
 
 
 def rows() -> dict[str, list[Row]]:
@@ -117,25 +131,50 @@ def rows() -> dict[str, list[Row]]:
     return {family: [measured(name) for name in names_of(family)] for family in FAMILIES}
 
 
-def tables(families: dict[str, list[Row]]) -> str:
-    """What stands between the markers of the page."""
-    every = [row for family in families.values() for row in family]
-    exact = sum(not row.operation for row in every)
-    parts = [
-        f"Measured with torch {torch.__version__.split('+')[0]} on a CPU. {len(every)} models: "
-        f"{exact} have exact products, {len(every) - exact} differences of gradients.\n"
-    ]
-    for family, found in families.items():
-        lines = "".join(f"| {' | '.join(cells(row))} |\n" for row in found)
-        parts.append(f"### {HEADINGS[family]}\n\n{COLUMNS}{lines}")
-    return "\n" + "\n".join(parts) + "\n"
+def render(entries: list[Entry]) -> str:
+    """What stands between the markers of the page. `parse` is its inverse."""
+    usual = [e for e in entries if not e.operation and e.limits == USUAL]
+    exact = sum(not e.operation for e in entries)
+    most = ""
+    for family in HEADINGS.values():
+        titles: dict[str, list[str]] = {}
+        for e in usual:
+            if e.family == family:
+                titles.setdefault(e.given, []).append(e.title)
+        models = "<br>".join(f"{given}: {'; '.join(found)}" for given, found in titles.items())
+        most += f"| {family} | {models} |\n" if models else ""
+    others = ""
+    for e in entries:
+        if e not in usual:
+            double, single, half = (e.limits.get(t, "") for t in ("float64", "float32", "bfloat16"))
+            how = f"`{e.operation}` " if e.operation else ""
+            single = single or f"{half} (bfloat16)"
+            others += f"| {e.title} | {e.given} | {double or '–'} | {single} | {how}|\n"
+    version = torch.__version__.split("+")[0]
+    return (
+        f"\nMeasured with torch {version} on a CPU. {len(entries)} models: {exact} have exact "
+        f"products, {len(entries) - exact} differences of gradients.\n"
+        f"\nExact, with errors of at most {USUAL['float64']} in float64 and {USUAL['float32']} in "
+        f"float32:\n\n{MOST}{most}\nAll others:\n\n{OTHERS}{others}\n"
+    )
 
 
-def errors(families: dict[str, list[Row]]) -> list[float]:
-    """The errors as their bounds follow one another in `tables`."""
-    order = (torch.float64, torch.float32, torch.bfloat16)
-    every = [row for family in families.values() for row in family]
-    return [row.errors[dtype] for row in every for dtype in order if dtype in row.errors]
+def parse(text: str) -> list[Entry]:
+    """The models that the page names; the family only where it is stated."""
+    entries = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 2 and line.startswith("| ") and f"{line}\n" not in MOST:
+            for part in cells[1].split("<br>"):
+                given, _, titles = part.partition(": ")
+                entries += [Entry(cells[0], e, given, "", USUAL) for e in titles.split("; ")]
+        elif len(cells) == 5 and f"{line}\n" not in OTHERS:
+            title, given, double, single, how = cells
+            limits = {} if double == "–" else {"float64": double}
+            limit, _, dtype = single.partition(" ")
+            limits[dtype.strip("()") or "float32"] = limit
+            entries.append(Entry("", title, given, how.strip("`"), limits))
+    return entries
 
 
 def committed() -> str:
@@ -149,7 +188,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the tables into the page")
     write = parser.parse_args().write
-    text = tables(rows())
+    stated = {e.title: e.limits for e in parse(committed())}
+    entries = []
+    for family, found in rows().items():
+        for row in found:
+            new = entry(family, row)
+            errors = {str(dtype).removeprefix("torch."): e for dtype, e in row.errors.items()}
+            old = stated.get(row.title, {})
+            # A limit that still holds stays, so that the page does not change with the machine.
+            if old.keys() == errors.keys() and all(holds(old[t], errors[t]) for t in errors):
+                new = dataclasses.replace(new, limits=old)
+            entries.append(new)
+    text = render(entries)
     if write:
         page = PAGE.read_text(encoding="utf-8")
         PAGE.write_text(page.replace(BEGIN + committed(), BEGIN + text), encoding="utf-8")

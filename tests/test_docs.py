@@ -164,12 +164,20 @@ def test_the_tables_of_models_are_what_is_measured() -> None:
     assert f"Measured with torch {version} on a CPU." in stated
     if torch.__version__.split("+")[0] != version:
         pytest.skip(f"the tables are those of torch {version}")
-    families = models_page.rows()
-    bound = models_page.BOUND
-    assert bound.sub("≤", models_page.tables(families)) == bound.sub("≤", stated)
-    limits = [float(limit) for limit in bound.findall(stated)]
-    for error, limit in zip(models_page.errors(families), limits, strict=True):
-        assert error <= limit <= 1e3 * error
+    entries = models_page.parse(stated)
+    assert models_page.render(entries) == stated
+    said = {entry.title: entry for entry in entries}
+    assert len(said) == len(entries)
+    measured = [(family, row) for family, rows in models_page.rows().items() for row in rows]
+    assert len(measured) == len(entries)
+    for family, row in measured:
+        entry = said[row.title]
+        assert entry.family in (models_page.HEADINGS[family], "")
+        assert (entry.given, entry.operation) == (row.given, row.operation)
+        assert set(entry.limits) == {str(dtype).removeprefix("torch.") for dtype in row.errors}
+        for dtype, error in row.errors.items():
+            limit = entry.limits[str(dtype).removeprefix("torch.")]
+            assert models_page.holds(limit, error), (row.title, dtype, error, limit)
 
 
 def test_the_documentation_asks_no_server_for_anything() -> None:

@@ -74,7 +74,7 @@ def transformer_encoder(dtype):
     )
 
 
-@case("nn.TransformerEncoder with dropout, in training mode")
+@case("nn.TransformerEncoder with dropout")
 def transformer_encoder_train(dtype):
     torch.manual_seed(81)
 

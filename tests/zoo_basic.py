@@ -110,7 +110,7 @@ def softmax_regression(dtype):
     )
 
 
-@case("A quadratic function without data")
+@case("Quadratic without data")
 def quadratic(dtype):
     torch.manual_seed(13)
     matrix = matrix_with_spectrum([5.0, 3.0, 1.0, 0.5, 0.0, -2.0], seed=13, dtype=dtype)
@@ -200,7 +200,7 @@ def tied_weights(dtype):
     )
 
 
-@case("A frozen layer between trained ones")
+@case("Frozen layer between trained ones")
 def partly_frozen(dtype):
     torch.manual_seed(19)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -227,7 +227,7 @@ def selected_by_pattern(dtype):
     )
 
 
-@case("Parameters that the loss never uses")
+@case("Unused parameters")
 def unused_parameters(dtype):
     torch.manual_seed(21)
     return Case(
@@ -238,7 +238,7 @@ def unused_parameters(dtype):
     )
 
 
-@case("Mapping batches, a model that returns its loss")
+@case("Mapping batches, model returning its loss")
 def mapping_batches(dtype):
     torch.manual_seed(22)
     x, y = torch.randn(16, 3), torch.randint(2, (16,))

@@ -85,7 +85,7 @@ def graph_network(dtype):
 # ---------------------------------------------------------------------------------------- physics
 
 
-@case("Physics-informed net: the loss differentiates by the input")
+@case("Physics-informed net")
 def physics_informed(dtype):
     """u″ + u² = sin x with u(0) = 1: twice by the input inside a loss that is differentiated."""
     torch.manual_seed(161)
@@ -152,13 +152,13 @@ def wordy_case(kind, pick):
     )
 
 
-@case("A model that returns a tuple")
+@case("Model returning a tuple")
 def tuple_output(dtype):
     torch.manual_seed(162)
     return wordy_case(lambda scores, hidden: (scores, hidden), lambda output: output[0])
 
 
-@case("A model that returns a mapping")
+@case("Model returning a mapping")
 def mapping_output(dtype):
     torch.manual_seed(163)
     return wordy_case(
@@ -167,7 +167,7 @@ def mapping_output(dtype):
     )
 
 
-@case("A model that returns a dataclass")
+@case("Model returning a dataclass")
 def dataclass_output(dtype):
     torch.manual_seed(164)
     return wordy_case(Output, lambda output: output.scores)

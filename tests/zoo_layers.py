@@ -71,7 +71,7 @@ def resnet(dtype):
     return image_case(small_resnet(nn.ReLU), (1, 6, 6), (5, 4, 2))
 
 
-@case("ResNet with SiLU and batch norm, in training mode")
+@case("ResNet with SiLU and batch norm")
 def resnet_train(dtype):
     torch.manual_seed(31)
     return image_case(

@@ -204,7 +204,7 @@ class DeepLSTM(nn.Module):
         return self.head(self.body(x.transpose(0, 1))[0][-1])
 
 
-@case("Two-layer LSTM with dropout in between, in training mode")
+@case("Two-layer LSTM with dropout")
 def lstm_dropout_train(dtype):
     torch.manual_seed(65)
     x, y = torch.randn(12, 4, 2), torch.randint(3, (12,))

@@ -193,7 +193,7 @@ class Symmetric(nn.Module):
         return x.triu() + x.triu(1).T
 
 
-@case("A parametrization of one's own: symmetric weights")
+@case("Own parametrization: symmetric weights")
 def symmetric_weights(dtype):
     torch.manual_seed(127)
 
