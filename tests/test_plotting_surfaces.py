@@ -129,7 +129,7 @@ ON_PLANE = made(PLANE.loss, (X, Y), OWN)
 
 def test_a_trajectory_is_refused_where_it_does_not_lie():
     for surface, path, options, words in (
-        (PLANE, trajectory(), {}, "its own principal directions"),
+        (PLANE, trajectory(), {}, "along its principal directions"),
         (ON_PLANE, trajectory(), {"kind": "3d"}, "interactive"),
         (LINE, trajectory(), {}, "two principal directions"),
     ):
