@@ -15,6 +15,7 @@ nox.options.sessions = ["lint", "docs", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
 LOWEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
 CORE = [
     f"tests/test_{name}.py"
@@ -27,6 +28,8 @@ CORE = [
         "lanczos",
         "power_iteration",
         "report",
+        "hand_written",
+        "torch_private",
     )
 ]
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "transformers"]
@@ -63,12 +66,17 @@ def full(session: nox.Session) -> None:
 @nox.session(python="3.10")
 def lowest(session: nox.Session) -> None:
     """Run the core of the tests on the lowest torch that is allowed."""
-    session.install(f"torch=={LOWEST}.*", ".[examples]", *TOOLS)
+    others = [
+        line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("torch==")
+    ]
+    path = Path(session.virtualenv.location) / "constraints.txt"
+    path.write_text("\n".join([*others, f"torch=={LOWEST}.*"]) + "\n")
+    session.install("-c", str(path), ".[examples]", *TOOLS)
     session.run("pytest", "-n", "auto", *CORE, *session.posargs)
 
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
     """Run the core of the tests on a newer Python."""
-    session.install("-c", "constraints.txt", ".[examples]", *TOOLS)
+    session.install("-c", str(CONSTRAINTS), ".[examples]", *TOOLS)
     session.run("pytest", "-n", "auto", *CORE, *session.posargs)
