@@ -258,7 +258,7 @@ def test_blocks_are_those_of_the_objective_of_their_parameters():
         (torch.ones(5), fm.ShapeError, r"takes shape \(5, k\); got \(5,\)"),
         (np.eye(5), fm.ArgumentTypeError, "takes a tensor.*got ndarray"),
         (torch.eye(5) * math.nan, fm.NonFiniteError, "NaN or infinity at index 0"),
-        (torch.eye(5, device="meta"), fm.DeviceError, "the vector lies on meta"),
+        (torch.eye(5, device="meta"), fm.DeviceError, "the vector is on meta"),
     ],
 )
 @pytest.mark.parametrize("complement", [False, True])

@@ -496,9 +496,9 @@ def test_what_is_no_vector_is_refused(kind):
         operator.matvec([1.0] * n)
     with pytest.raises(fm.ArgumentTypeError, match=f"{name}.*real vectors; got torch.complex64"):
         operator.matvec(torch.ones(n) * 1j)
-    with pytest.raises(fm.DeviceError, match=f"{name}.*on cpu; the vector lies on meta"):
+    with pytest.raises(fm.DeviceError, match=f"{name}.*on cpu; the vector is on meta"):
         operator.matvec(torch.ones(n, device="meta"))
-    with pytest.raises(fm.DeviceError, match=f"{name}.*the vector lies on meta"):
+    with pytest.raises(fm.DeviceError, match=f"{name}.*the vector is on meta"):
         operator @ torch.ones(n, 2, device="meta")
     broken = torch.zeros(n, 2)
     broken[2, 1] = -math.inf

@@ -586,7 +586,7 @@ def test_the_second_of_two_backward_passes_is_explained():
         return torch.stack(kept).mean()
 
     objective = fm.Objective(net(), loss_fn, (X, Y), batch_size=4)
-    with pytest.raises(fm.GraphError, match="batch 1 reaches back into a graph that is gone"):
+    with pytest.raises(fm.GraphError, match="batch 1 depends on a graph that no longer exists"):
         objective.gradient()
 
 

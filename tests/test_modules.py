@@ -520,7 +520,7 @@ def test_a_module_that_keeps_tensors_with_their_graph_is_right_or_refused(call, 
     else:
         torch.testing.assert_close(found, calls[call](single), rtol=1e-6, atol=1e-8)
         return
-    assert "batch 1 reaches back into a graph that is gone" in str(refusal)
+    assert "batch 1 depends on a graph that no longer exists" in str(refusal)
     assert "Keep them detached" in str(refusal)
     assert isinstance(refusal.__cause__, RuntimeError)
 
@@ -540,7 +540,7 @@ class Remembering(nn.Linear):
 def test_a_graph_kept_outside_of_the_model_is_refused():
     MEMORY.clear()
     objective = fm.Objective(Remembering(3, 2).double(), nn.MSELoss(), (X, Y), batch_size=4)
-    with pytest.raises(fm.GraphError, match="batch 1 reaches back into a graph") as caught:
+    with pytest.raises(fm.GraphError, match="batch 1 depends on a graph") as caught:
         objective.gradient()
     assert "second time" in str(caught.value.__cause__)
     MEMORY.clear()

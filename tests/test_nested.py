@@ -404,10 +404,10 @@ def test_a_batch_encoding_is_cut():
 @pytest.mark.parametrize(
     ("batch", "why"),
     [
-        ({"x": numbers(4), "y": numbers(3)}, "a tensor in it has length 3 instead of 4"),
-        ({"x": numbers(4), "y": np.zeros(2)}, "a tensor in it has length 2 instead of 4"),
-        ([numbers(4), ["a", "b"]], "a list in it has length 2 instead of 4"),
-        ((numbers(4), Graph(numbers(4), numbers(4))), "a Graph does not tell"),
+        ({"x": numbers(4), "y": numbers(3)}, "one of its tensors has length 3 instead of 4"),
+        ({"x": numbers(4), "y": np.zeros(2)}, "one of its tensors has length 2 instead of 4"),
+        ([numbers(4), ["a", "b"]], "one of its lists has length 2 instead of 4"),
+        ((numbers(4), Graph(numbers(4), numbers(4))), "a Graph does not show"),
         (packed(), "PackedSequence"),
     ],
 )

@@ -758,7 +758,7 @@ def test_a_buffer_on_another_device_is_refused_by_name():
         (torch.zeros(25).double(), fm.ShapeError, r"takes shape \(26,\); got \(25,\)"),
         (torch.zeros(26, 1).double(), fm.ShapeError, r"takes shape \(26,\); got \(26, 1\)"),
         (torch.zeros(()).double(), fm.ShapeError, r"takes shape \(26,\); got \(\)"),
-        (torch.zeros(26, device="meta"), fm.DeviceError, "works on cpu; the vector lies on meta"),
+        (torch.zeros(26, device="meta"), fm.DeviceError, "works on cpu; the vector is on meta"),
         (torch.zeros(26) + 0j, fm.ArgumentTypeError, "takes real vectors; got torch.complex64"),
         ([0.0] * 26, fm.ArgumentTypeError, r"takes a tensor of shape \(26,\); got list"),
         (torch.tensor([0.0] * 25 + [math.nan]), fm.NonFiniteError, "NaN or infinity at index 25"),

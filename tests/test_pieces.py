@@ -621,7 +621,7 @@ def test_batches_of_a_class_unknown_cannot_be_cut(size):
 
     data = [Own(X, VECTORS)]
     objective = fm.Objective(net(), data=data, batch_loss=loss, microbatch=size)
-    with pytest.raises(fm.InvalidArgumentError, match="a Own does not tell where its examples are"):
+    with pytest.raises(fm.InvalidArgumentError, match="a Own does not show where its examples are"):
         objective.loss()
 
 
@@ -647,7 +647,7 @@ def test_packed_sequences_cannot_be_cut(size):
     ("batch", "why"),
     [
         ({"x": X, "edges": torch.zeros(2, 40)}, "its tensors differ in length"),
-        ([X, ["a", "b"]], "a list in it has length 2 instead of 17"),
+        ([X, ["a", "b"]], "one of its lists has length 2 instead of 17"),
     ],
 )
 def test_batches_that_disagree_in_length_cannot_be_cut(batch, why, size):

@@ -14,7 +14,7 @@ from .algorithms.eigen.lanczos import lanczos
 from .errors import ConvergenceWarning, FlatMinimaError
 from .operators.linear import LinearOperator
 from .operators.linear import check_operator as _checked
-from .support.randomness import Seed, as_generator, random_state
+from .support.randomness import Seed, as_generator, read_random_state
 
 __all__ = ["check_operator"]
 
@@ -62,12 +62,12 @@ def check_operator(
     _checked("check_operator", operator)
     if tolerance is None:
         tolerance = 1e-10 if operator.dtype == torch.float64 else 1e-4
-    before = random_state()
+    before = read_random_state()
     suite = _Suite(operator, dense, tolerance, seed)
     for check in suite.checks():
         check()
     suite.require(
-        random_state() == before, "changes the global random states; draw from a generator"
+        read_random_state() == before, "changes the global random states; draw from a generator"
     )
 
 

@@ -18,7 +18,7 @@ from ..objective.forward import Forward
 from ..objective.guards import evaluating
 from ..objective.objective import Objective, check_objective
 from ..objective.weights import example_count
-from ..support.failures import explained
+from ..support.failures import explain_errors
 from ..support.randomness import reseed
 from ..support.trees import to_device
 from .endpoints import VARIANCE, State, check_same, model_state
@@ -101,7 +101,7 @@ def recomputed_buffers(objective: Objective, state: Mapping[str, Tensor]) -> Sta
         objective.batches.reading() as stream,
     ):
         for batch in stream:
-            with located(batch.index), explained(batch.index, objective.device, batch.data):
+            with located(batch.index), explain_errors(batch.index, objective.device, batch.data):
                 data = to_device(batch.data, objective.device, duplicate=True)
                 buffers = {n: _start(n, present[n]) for n, _ in model.named_buffers()}
                 count = float(example_count(data) or batch.weight)

@@ -23,9 +23,9 @@ from ..errors import (
     OneShotDataError,
 )
 from ..support.checks import check_integer
-from ..support.failures import available_bytes, explained
+from ..support.failures import available_bytes, explain_errors
 from ..support.progress import progress_bar
-from ..support.randomness import preserved_random_state, reseed
+from ..support.randomness import preserve_random_state, reseed
 from ..support.trees import fingerprint, tensors_in, to_device
 from .read_ahead import ReadingAhead
 
@@ -212,7 +212,7 @@ class Batches:
         Raises:
             DataChangedError: the data, when they are not cached, differ from the first reading.
         """
-        with preserved_random_state(), self._replayed_generators():
+        with preserve_random_state(), self._replayed_generators():
             yield self._cached_batches() if self._cached is not None else self._checked_batches()
 
     def _cached_batches(self) -> Iterator[Batch]:
@@ -257,7 +257,7 @@ class Batches:
         end = object()
         for index in itertools.count():
             reseed(READ_SEED + index)
-            with located(index), explained(index, self.device):
+            with located(index), explain_errors(index, self.device):
                 raw = next(iterator, end)
             if raw is end:
                 return
@@ -273,7 +273,7 @@ class Batches:
         total = len(self._source) if in_place else None  # type: ignore[arg-type]
         with (
             torch.inference_mode(False),
-            preserved_random_state(),
+            preserve_random_state(),
             self._replayed_generators(),
             progress_bar("reading data", total=total, unit="batch", show=progress) as bar,
         ):
@@ -281,7 +281,7 @@ class Batches:
                 # A loader may fill the same tensors for each batch, so what is kept is a copy.
                 duplicate = kept is not None and not in_place
                 moved = self._moved(raw, index, duplicate=duplicate)
-                with located(index), explained(index, self.device):
+                with located(index), explain_errors(index, self.device):
                     self._weights.append(weight(raw, index))
                 if cache is not True:
                     self._marks.append(fingerprint(raw))
@@ -315,7 +315,7 @@ class Batches:
         move: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
         try:
-            with explained(index, self.device):
+            with explain_errors(index, self.device):
                 moved = to_device(raw, self.device, duplicate=duplicate, move=move)
                 if duplicate and self.device.type == "cuda":
                     # A loader may fill the same pinned memory again for the next batch.

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
-from ..support.failures import explained
-from ..support.trees import cut, length_of
+from ..support.failures import explain_errors
+from ..support.trees import count_examples, cut
 from .batches import Batch, located
 from .losses import known_loss
 from .objective import Objective
@@ -30,7 +30,7 @@ def groups_of(call: str, objective: Objective, size: int) -> Iterator[Objective]
     held = 0
     with objective.batches.reading() as stream:
         for batch in stream:
-            count = length_of(batch.data)
+            count = count_examples(batch.data)
             if count is None:
                 raise _uncuttable(call, batch, "its tensors differ in length")
             start = 0
@@ -41,7 +41,7 @@ def groups_of(call: str, objective: Objective, size: int) -> Iterator[Objective]
                     data = data if end - start == count else cut(data, start, end, count)
                 except ValueError as error:
                     raise _uncuttable(call, batch, str(error)) from error
-                with located(batch.index), explained(batch.index, objective.device):
+                with located(batch.index), explain_errors(batch.index, objective.device):
                     weight = objective.weigh(data, batch.index)
                 group.append(Batch(batch.index, data, weight, start))
                 held, start = held + end - start, end

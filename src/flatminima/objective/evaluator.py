@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..derivatives.hand_written import Differentiation, HandWritten
 from ..derivatives.torch_private import version
 from ..errors import LossNotScalarError, NonFiniteError
-from ..support.failures import available_bytes, explained
-from ..support.randomness import preserved_random_state, random_state, reseed
+from ..support.failures import available_bytes, explain_errors
+from ..support.randomness import preserve_random_state, read_random_state, reseed
 from ..support.trees import same_tensors, same_values, tensors_in, to_device
 from .batches import Batch, Batches, located
 from .forward import Evaluated, Forward, Within
@@ -189,7 +189,7 @@ class Pass:
                 )
             )
             if self._replays:
-                stack.enter_context(preserved_random_state())
+                stack.enter_context(preserve_random_state())
             else:
                 self._stream = stack.enter_context(evaluator.batches.reading())
             self._contexts = stack.pop_all()
@@ -243,7 +243,7 @@ class Pass:
     def _explaining(self, batch: Batch) -> Iterator[None]:
         with (
             located(batch.index),
-            explained(batch.index, self._evaluator.batches.device, batch.data),
+            explain_errors(batch.index, self._evaluator.batches.device, batch.data),
         ):
             yield
 
@@ -356,10 +356,10 @@ class Pass:
         """Return the loss of a piece, and whether random numbers were drawn for it."""
         data = to_device(piece.data, self._evaluator.batches.device, duplicate=True)
         reseed(piece.index)
-        before = random_state()
+        before = read_random_state()
         with contextlib.ExitStack() as stack:
             value = float(self._run(piece, data, self._turn_to(self.point), stack).loss.detach())
-        return value, random_state() != before
+        return value, read_random_state() != before
 
     def _turn_to(self, number: int) -> _Private:
         """Return the private tensors of a point, made when they are first needed."""

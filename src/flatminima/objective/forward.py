@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..derivatives.torch_private import replaced_tensors
 from ..errors import ArgumentTypeError, LossNotScalarError
-from ..support.trees import mapped
+from ..support.trees import map_tensors
 from .batches import Batch
 from .losses import has_closed_form
 from .weights import split_pair
@@ -113,7 +113,7 @@ class Forward:
                         loss = loss_fn(output, target)
                 else:
                     # A copy: the loss function may write to its argument.
-                    loss = loss_fn(mapped(output, torch.clone), target)
+                    loss = loss_fn(map_tensors(output, torch.clone), target)
             except (TypeError, AttributeError) as error:
                 strange = next((v for v in (inputs, output) if _is_structured(v)), None)
                 if strange is None:

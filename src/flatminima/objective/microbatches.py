@@ -13,7 +13,7 @@ from ..derivatives.torch_private import BATCH_NORM
 from ..errors import DeviceMemoryError, FlatMinimaError, InvalidArgumentError
 from ..support.checks import check_integer
 from ..support.failures import is_out_of_memory
-from ..support.trees import cut, length_of
+from ..support.trees import count_examples, cut
 from .batches import Batch
 from .modules import drops
 
@@ -77,7 +77,7 @@ class Pieces:
         Raises:
             InvalidArgumentError: the batch cannot be cut.
         """
-        count = length_of(batch.data)
+        count = count_examples(batch.data)
         start = 0
         while True:
             size = self._size
@@ -140,7 +140,7 @@ class Pieces:
         Raises:
             InvalidArgumentError: two pieces together do not have the mean of their losses.
         """
-        count = length_of(batch.data)
+        count = count_examples(batch.data)
         if not self._to_check or count is None or count < 2:
             return
         pair, left, right = (self.piece(batch, a, b, count) for a, b in ((0, 2), (0, 1), (1, 2)))

@@ -13,7 +13,7 @@ from ..derivatives.gradients import accumulate, checkpoints_reentrantly
 from ..derivatives.hand_written import HandWritten
 from ..errors import DeviceError, InvalidArgumentError, NonFiniteError
 from ..support.checks import check_callables, check_choice, check_device, check_instance
-from ..support.trees import length_of
+from ..support.trees import count_examples
 from ..support.vectors import Layout, all_finite, check_vector
 from .batches import Batch, Batches
 from .evaluator import Evaluator, Pass, Point
@@ -201,7 +201,7 @@ class Objective:
         Raises:
             StateMismatchError: they are no longer of the shape, type or device that they had.
         """
-        return self.layout.present(dict(self.model.named_parameters(remove_duplicate=False)))
+        return self.layout.pick(dict(self.model.named_parameters(remove_duplicate=False)))
 
     @property
     def keeps_graphs(self) -> bool:
@@ -385,7 +385,7 @@ class Objective:
             twin.loss_fn = twin.criterion = loss_fn
         if batches is not None:
             twin.batches = Batches.holding(batches, self.device)
-            twin.examples = sum(length_of(batch.data) or 0 for batch in batches)
+            twin.examples = sum(count_examples(batch.data) or 0 for batch in batches)
         twin._evaluator = self._evaluator.replaced(twin.loss_fn, twin.batches)
         twin.differentiation = twin._evaluator.differentiation
         return twin

@@ -25,7 +25,7 @@ from ..objective.forward import Evaluated
 from ..objective.objective import Objective, WeightedSum, check_objective
 from ..support.checks import check_choice
 from ..support.precision import precision_notes, working_eps
-from ..support.randomness import as_generator, rademacher
+from ..support.randomness import as_generator, draw_signs
 from ..support.vectors import Layout
 from .linear import LinearOperator, Reader
 from .products.gradient_graph import PerLeaf
@@ -248,7 +248,7 @@ class CurvatureOperator(LinearOperator, Generic[G]):
             return
         layout = self.objective.layout
         # Not the caller's vector, in which the functions may have no part.
-        probe = rademacher(
+        probe = draw_signs(
             1, self.shape[0], as_generator(0, self.device), dtype=self.dtype, device=self.device
         )[0]
         exact = self._summed(lambda graph, keep: graph.products([probe], keep=keep), 1)[0]

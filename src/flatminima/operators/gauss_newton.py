@@ -19,8 +19,8 @@ from ..objective.forward import Evaluated
 from ..objective.objective import BatchPart, Objective, WeightedSum, check_objective
 from ..objective.weights import split_pair
 from ..support.checks import check_choice, check_integer
-from ..support.randomness import Seed, as_generator, rademacher, reseed
-from ..support.trees import mapped, to_device
+from ..support.randomness import Seed, as_generator, draw_signs, reseed
+from ..support.trees import map_tensors, to_device
 from .curvature import CurvatureOperator
 from .outputs.fisher import check_examples, drawn_scores, given_scores, likelihood_curvature
 from .outputs.jacobians import jacobian_diagonal
@@ -121,7 +121,7 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
             super()._check_functions(trace)
             return
         forms: list[tuple[Tensor, Tensor]] = []
-        probe = rademacher(
+        probe = draw_signs(
             1, self.shape[0], as_generator(0, self.device), dtype=self.dtype, device=self.device
         )[0]
 
@@ -162,8 +162,8 @@ class _OutputOperator(CurvatureOperator[OutputGraph]):
                     above, below = (self._output(seen, s * vector) for s in (h, -h))
                     found += pulled(above, below, 1 / (2 * h))
                 # What rounding of the outputs is magnified from.
-                nothing = mapped(seen.output, torch.zeros_like)
-                return found + list(pulled(mapped(seen.output, Tensor.detach), nothing, 1.0))
+                nothing = map_tensors(seen.output, torch.zeros_like)
+                return found + list(pulled(map_tensors(seen.output, Tensor.detach), nothing, 1.0))
 
             wide, narrow, size = self._sum_over_outputs(part, rows=3)
             return wide, narrow, float(torch.linalg.vector_norm(size))

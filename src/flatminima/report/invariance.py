@@ -14,7 +14,7 @@ from ..errors import ArgumentTypeError, InvalidArgumentError
 from ..landscape.symmetry.rescaling import rescale
 from ..results import Result, Table, format_number
 from ..support.checks import check_choice, check_positive
-from ..support.randomness import Seed, one_seed
+from ..support.randomness import Seed, draw_seed
 from .measure_table import Options
 from .result import SharpnessReport
 from .sharpness import sharpness
@@ -158,7 +158,7 @@ def invariance_table(
     tolerance = check_positive(call, "tolerance", tolerance)
     if measures is None:
         raise ArgumentTypeError(f"The 'measures' argument of {call} must name measures; got None.")
-    number = one_seed(seed, torch.device("cpu"))
+    number = draw_seed(seed, torch.device("cpu"))
     models = {
         kind: rescale(model, factor=factor, per=kind, layers=layers, seed=number) for kind in kinds
     }

@@ -26,7 +26,7 @@ from ..operators.gauss_newton import GaussNewtonOperator
 from ..operators.hessian import HessianOperator
 from ..support.checks import check_integer
 from ..support.progress import progress_bar
-from ..support.randomness import Seed, one_seed
+from ..support.randomness import Seed, draw_seed
 from .measure_table import FAMILY, Options, chosen_measures
 from .result import SharpnessReport
 
@@ -181,7 +181,7 @@ def sharpness(
     hessian = HessianOperator(objective)
     gauss_newton = GaussNewtonOperator(objective) if "gauss_newton" in chosen else None
     # One number, so that every measure starts from the same seed.
-    shared: dict[str, Any] = {"seed": one_seed(seed, objective.device), "progress": progress}
+    shared: dict[str, Any] = {"seed": draw_seed(seed, objective.device), "progress": progress}
     left_out: list[str] = []
 
     def family(name: str) -> tuple[MeasureResult, ...]:

@@ -1,4 +1,4 @@
-"""Argument checks with one wording everywhere."""
+"""Argument checks that word their errors alike."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _refusal(call: str, argument: str, wanted: str, got: object) -> str:
 def check_integer(
     call: str, argument: str, value: object, *, low: int, high: int | None = None
 ) -> int:
-    """Return `value` as an int within [`low`, `high`]; booleans are not integers here."""
+    """Return `value` as an int within [`low`, `high`]; a bool is refused."""
     wanted = f"an integer ≥ {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ArgumentTypeError(_refusal(call, argument, wanted, value))
@@ -60,7 +60,7 @@ def check_positive(call: str, argument: str, value: object) -> float:
 
 
 def check_callables(call: str, **functions: object) -> None:
-    """Each of these arguments can be called, or is None."""
+    """Check that each of these arguments is callable or None."""
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ArgumentTypeError(
@@ -80,14 +80,14 @@ def check_choice(call: str, argument: str, value: object, choices: Iterable[str]
 
 
 def check_device(call: str, device: torch.device | str, argument: str = "device") -> torch.device:
-    """Return the device with its index, when this machine has it."""
+    """Return the device with its index, if this machine has it."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        # AssertionError: a torch that was built without CUDA.
+        # A torch built without CUDA raises AssertionError.
         raise DeviceError(
             f"The {argument!r} argument of {call} is {str(device)!r}, which this machine or this "
-            f"build of torch does not have: {error}"
+            f"build of torch does not support: {error}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Memory that is free, and what PyTorch says where it cannot evaluate a batch."""
+"""Free memory, and errors of PyTorch turned into errors with advice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..errors import DeviceMemoryError, FlatMinimaError, GraphError, ShapeError
 from .trees import tensors_in
 
-__all__ = ["available_bytes", "explained", "is_out_of_memory"]
+__all__ = ["available_bytes", "explain_errors", "is_out_of_memory"]
 
 
 _NO_MEMORY = (
@@ -25,14 +25,14 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error says that a device or the host has no memory left."""
+    """Return whether the error means that a device or the host has run out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return memory that is free on `device`."""
+    """Return the number of free bytes on `device`; 4 GiB on a host that does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -42,17 +42,18 @@ def available_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def explained(index: int | None, device: torch.device, data: Any = None) -> Iterator[None]:
-    """Turn errors of PyTorch that a user can do something about into the library's own.
+def explain_errors(index: int | None, device: torch.device, data: Any = None) -> Iterator[None]:
+    """Turn errors of PyTorch that a user can fix into errors of this library.
 
     Args:
-        index: of the batch in hand, if any.
-        device: where it is evaluated.
-        data: what the batch holds, when that is known.
+        index: the index of the current batch, or None outside of batches.
+        device: where the batch is evaluated.
+        data: the contents of the batch, if known.
 
     Raises:
-        DeviceMemoryError: no memory is left.
-        GraphError: the loss reaches into a graph that is not its own.
+        DeviceMemoryError: there is not enough memory.
+        GraphError: the loss uses a graph from an earlier forward pass, or tensors made in
+            inference mode.
         ShapeError: input and target differ in length.
     """
     try:
@@ -60,34 +61,35 @@ def explained(index: int | None, device: torch.device, data: Any = None) -> Iter
     except FlatMinimaError:
         raise
     except Exception as error:
-        found = _explanation(error, index, device, data)
-        if found is None:
+        explained = _explain(error, index, device, data)
+        if explained is None:
             raise
-        raise found from error
+        raise explained from error
 
 
-def _explanation(
+def _explain(
     error: Exception, index: int | None, device: torch.device, data: Any
 ) -> FlatMinimaError | None:
     said = str(error)
     where = "the parameters" if index is None else f"batch {index}"
     if is_out_of_memory(error):
         return DeviceMemoryError(
-            f"There is not enough memory on {device} for {where}. Give smaller batches (the "
-            "loader's batch_size, or that of Objective), or microbatch='auto', by which batches "
-            "are evaluated in as large pieces as fit."
+            f"There is not enough memory on {device} for {where}. Use smaller batches (the "
+            "batch_size of the loader or of Objective), or microbatch='auto', which evaluates "
+            "each batch in pieces as large as fit."
         )
     if "Trying to backward through the graph a second time" in said:
         return GraphError(
-            f"The loss of {where} reaches back into a graph that is gone: the model or the loss "
-            "keeps tensors with a graph from an earlier forward (a hidden state, a memory bank, "
-            "a list of losses). Keep them detached, or start them again in each forward."
+            f"The loss of {where} depends on a graph that no longer exists: the model or the loss "
+            "keeps tensors with a graph from an earlier forward pass (a hidden state, a memory "
+            "bank, a list of losses). Detach them before keeping them, or reset them in each "
+            "forward pass."
         )
     if "nference tensor" in said:
         return GraphError(
-            f"The loss of {where} uses tensors made under torch.inference_mode() that are no "
-            "parameters or buffers of the model, and they take part in no derivative. Make them "
-            "outside of it, under torch.no_grad() for instance."
+            f"The loss of {where} uses tensors that were made under torch.inference_mode() and are "
+            "not parameters or buffers of the model. Such tensors cannot take part in derivatives. "
+            "Create them outside inference mode, for example under torch.no_grad()."
         )
     lengths = _lengths(data)
     about_shapes = any(word in said.lower() for word in ("size", "shape", "match", "length"))
@@ -100,7 +102,7 @@ def _explanation(
 
 
 def _lengths(data: Any) -> tuple[int, int] | None:
-    """Return the lengths of a batch's first two tensors, when they differ."""
+    """Return the lengths of the first two tensors of a batch, or None if they are equal."""
     if not (isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and len(data) == 2)):
         return None
     tensors = [t for t in tensors_in(data) if t.dim() > 0][:2]

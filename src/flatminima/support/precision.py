@@ -1,4 +1,4 @@
-"""In what precision PyTorch computes, where its settings make that less than the tensors' own."""
+"""The precision that PyTorch computes in, which its settings may make lower than the tensors'."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from torch import nn
 __all__ = ["precision_notes", "resolution", "working_eps"]
 
 SHORT = {"tf32": ("TF32", 2.0**-10), "bf16": ("bfloat16", 2.0**-7)}
-"""What products of float32 may be computed in, by PyTorch's name for it, with its precision."""
+"""Types that float32 products may be computed in: PyTorch's name → (name, precision)."""
 
 
 def precision_notes(model: nn.Module, device: torch.device) -> tuple[str, ...]:
-    """Sentences for a result: autocast, and short types in place of float32; () without either.
+    """Return notes for a result on autocast and on float32 computed in a shorter type.
 
-    PyTorch's settings are read, never changed. Whether the hardware follows them is not known.
+    The settings of PyTorch are read, never changed. Whether the hardware follows them is unknown.
 
     Args:
-        model: whether it has float32 parameters, convolutions and recurrent layers matters.
+        model: is searched for float32 parameters, convolutions and recurrent layers.
         device: where it computes.
+
+    Returns:
+        Sentences; () if neither applies.
     """
     notes = []
     if torch.is_autocast_enabled(device.type):
@@ -31,18 +34,18 @@ def precision_notes(model: nn.Module, device: torch.device) -> tuple[str, ...]:
     for kind in dict.fromkeys(found.values()):
         operations = [operation for operation, k in found.items() if k == kind]
         notes.append(
-            f"float32 {_listed(operations)} may be computed in {SHORT[kind][0]}, as "
+            f"float32 {_join(operations)} may be computed in {SHORT[kind][0]}, as "
             "PyTorch's settings allow."
         )
     return tuple(notes)
 
 
-def _listed(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
 
 
 def working_eps(model: nn.Module, device: torch.device) -> float:
-    """The coarsest precision that the parameters and PyTorch's settings let a model compute in."""
+    """Return the coarsest precision in which the model may compute, by parameters and settings."""
     types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
     if torch.is_autocast_enabled(device.type):
         types.add(torch.get_autocast_dtype(device.type))
@@ -51,7 +54,7 @@ def working_eps(model: nn.Module, device: torch.device) -> float:
 
 
 def _short_types(model: nn.Module, device: torch.device) -> dict[str, str]:
-    """For each kind of operation that may be computed in a short type, which that is."""
+    """Return the short type of each kind of operation that may be computed in one."""
     parameters = list(model.parameters())
     if all(p.dtype != torch.float32 for p in parameters):
         return {}
@@ -65,7 +68,7 @@ def _short_types(model: nn.Module, device: torch.device) -> dict[str, str]:
             "recurrent layers": _setting(b.cudnn, lambda: b.cudnn.allow_tf32, "rnn"),
         }
     elif device.type == "cpu":
-        # The older setting: of its values only this one has a meaning for the CPU.
+        # "medium" is the only value of the older setting that affects the CPU.
         older = {"medium": "bf16"}
         settings = {
             "matrix products": _setting(
@@ -78,7 +81,7 @@ def _short_types(model: nn.Module, device: torch.device) -> dict[str, str]:
         return {}
     present = {
         "matrix products": True,
-        # Also those that a model calls as functions: their kernels have three dimensions or more.
+        # By the shape of the kernels, which also finds convolutions called as functions.
         "convolutions": any(p.dim() > 2 for p in parameters),
         "recurrent layers": any(isinstance(m, nn.RNNBase) for m in model.modules()),
     }
@@ -86,9 +89,10 @@ def _short_types(model: nn.Module, device: torch.device) -> dict[str, str]:
 
 
 def _setting(backend: Any, older: Callable[[], Any], operation: str = "") -> Any:
-    """`fp32_precision` of a backend's operation; releases before 2.9 have `allow_tf32` instead.
+    """Return `fp32_precision` of an operation, or `allow_tf32` in releases before 2.9.
 
-    Asking for the older one is an error where somebody has set the newer.
+    The older setting is only read if the newer is missing: reading it raises once the newer one
+    has been set.
     """
     part = getattr(backend, operation, None) if operation else backend
     kind = getattr(part, "fp32_precision", None)
@@ -99,5 +103,5 @@ def _setting(backend: Any, older: Callable[[], Any], operation: str = "") -> Any
 
 
 def resolution(model: nn.Module, device: torch.device, loss: float) -> float:
-    """Return differences from a loss that are as small as that may be its rounding."""
+    """Return the size up to which a difference of two losses may be rounding."""
     return 8 * working_eps(model, device) * abs(loss)

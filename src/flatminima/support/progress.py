@@ -1,4 +1,4 @@
-"""Progress bars: shown only for work that takes a while, and silent when asked."""
+"""Progress bars, shown only for work that takes a while."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DELAY_SECONDS = 2.0
 
 
 def progress_bar(description: str, *, total: int | None, unit: str, show: bool) -> Any:
-    """Return a tqdm bar that appears after two seconds of work, or never when `show` is false."""
+    """Return a tqdm bar that appears after two seconds of work; never if `show` is false."""
     return _tqdm()(
         total=total,
         desc=description,
@@ -26,11 +26,11 @@ def progress_bar(description: str, *, total: int | None, unit: str, show: bool) 
 
 @functools.cache
 def _tqdm() -> Any:
-    """Return the kind of bar that fits; loaded when the first is made, for a quick start."""
+    """Return tqdm's class for a terminal or notebook, imported late to keep our import fast."""
     from tqdm import TqdmWarning
 
     with warnings.catch_warnings():
-        # A notebook without ipywidgets: tqdm falls back to text, which is what we want there.
+        # Without ipywidgets tqdm warns and falls back to text, which is fine.
         warnings.simplefilter("ignore", TqdmWarning)
         from tqdm.auto import tqdm
     return tqdm

@@ -1,4 +1,4 @@
-"""Random states: generators made from seeds, and the global states kept out of harm's way."""
+"""Generators made from seeds, and the global random states, which are preserved."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..errors import ArgumentTypeError, InvalidArgumentError
 __all__ = [
     "Seed",
     "as_generator",
-    "one_seed",
-    "preserved_random_state",
-    "rademacher",
-    "random_state",
+    "draw_seed",
+    "draw_signs",
+    "preserve_random_state",
+    "read_random_state",
     "reseed",
 ]
 
@@ -28,13 +28,13 @@ def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
     """Return a generator for draws on `device`.
 
     Args:
-        seed: an int gives a new generator on `device`, the same one every time. A
-            `torch.Generator` is used, and moves on, as it does everywhere in torch.
+        seed: an int gives a new generator on `device`, always in the same state. A
+            `torch.Generator` is used as it is and advances, as everywhere in torch.
         device: where the numbers are needed.
 
     Raises:
-        ArgumentTypeError: `seed` is neither.
-        InvalidArgumentError: the int is too large.
+        ArgumentTypeError: `seed` is neither an int nor a generator.
+        InvalidArgumentError: the int does not fit into 64 bits.
     """
     if isinstance(seed, torch.Generator):
         return seed
@@ -47,27 +47,27 @@ def as_generator(seed: Seed, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int(seed))
 
 
-def one_seed(seed: Seed, device: torch.device) -> int:
-    """A number from which the same draws can be made again; a generator moves on by one draw."""
+def draw_seed(seed: Seed, device: torch.device) -> int:
+    """Return an int that allows the same draws to be repeated; a generator advances by one draw."""
     if not isinstance(seed, torch.Generator):
         as_generator(seed, device)
         return int(seed)
     return int(torch.randint(2**62, (), generator=seed, device=seed.device).item())
 
 
-def rademacher(
+def draw_signs(
     count: int, size: int, generator: torch.Generator, *, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return independent signs, shape (count, size)."""
+    """Return independent random signs (Rademacher variables), shape (count, size)."""
     bits = torch.randint(2, (count, size), generator=generator, device=generator.device)
     return bits.to(device, dtype).mul_(2).sub_(1)
 
 
 def reseed(seed: int) -> None:
-    """Put every global random state (Python, NumPy, torch on all devices) at `seed`."""
+    """Seed every global random state: Python, NumPy, and torch on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: it leaves a seed behind for a CUDA that is initialised only later.
+    # Not torch.manual_seed, which would also seed a CUDA that is initialised later.
     torch.default_generator.manual_seed(seed)
     if _cuda_in_use():
         torch.cuda.manual_seed_all(seed)
@@ -75,8 +75,8 @@ def reseed(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def random_state() -> list[bytes]:
-    """Return every global random state of torch, to be compared."""
+def read_random_state() -> list[bytes]:
+    """Return every global random state of torch, for comparison."""
     states = [torch.get_rng_state()]
     if _cuda_in_use():
         states += torch.cuda.get_rng_state_all()
@@ -84,8 +84,8 @@ def random_state() -> list[bytes]:
 
 
 @contextlib.contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Run the block and put Python's, NumPy's and torch's random states back after it."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the random states of Python, NumPy and torch after the block."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     torch_state = torch.get_rng_state()
@@ -106,5 +106,5 @@ def preserved_random_state() -> Iterator[None]:
 
 
 def _cuda_in_use() -> bool:
-    """Return whether CUDA has states worth keeping; asking for them would start it otherwise."""
+    """Return whether CUDA is initialised; reading its random states would initialise it."""
     return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Tensors inside whatever a batch is: tuples, lists, mappings, dataclasses, objects."""
+"""Tensors inside nested data: tuples, lists, mappings, dataclasses and other objects."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "count_examples",
     "cut",
     "fingerprint",
     "is_record",
-    "length_of",
-    "mapped",
+    "map_tensors",
     "members",
     "same_tensors",
     "same_values",
@@ -37,24 +37,29 @@ def to_device(
     duplicate: bool = False,
     move: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
-    """Return `data` with every tensor on `device`; the user's own containers are never changed.
+    """Return `data` with every tensor on `device`; the user's containers are never changed.
 
-    Tensors, nested tuples, named tuples, lists, mappings, dataclasses and objects with
-    `.to(device)` are followed; anything else passes through. With `duplicate`, tensors that are
-    on `device` already are copied. `move` takes the place of `tensor.to(device)`.
+    Nested tuples, named tuples, lists, mappings and dataclasses are followed, and objects that
+    have it are moved by `.to(device)`; anything else is returned as it is.
+
+    Args:
+        data: a tensor or nested data.
+        device: where the tensors go.
+        duplicate: also copy tensors that are already on `device`.
+        move: replaces `tensor.to(device)`.
     """
     if isinstance(data, Tensor):
         if duplicate or data.is_inference():
-            # Tensors from inference mode take no part in derivatives, but copies of them do.
+            # Tensors from inference mode cannot take part in derivatives; their copies can.
             twin = data.detach().to(device, non_blocking=True, copy=True)
             return twin.requires_grad_(data.requires_grad)
         return data.to(device, non_blocking=True) if move is None else move(data)
     follow = functools.partial(to_device, device=device, duplicate=duplicate, move=move)
     if callable(getattr(data, "to", None)):
-        # Batch objects such as BatchEncoding move themselves in place, hence the copy.
-        return (_duplicated(data) if duplicate else copy.copy(data)).to(device)
+        # A copy, since batch objects such as BatchEncoding move themselves in place.
+        return (_duplicate(data) if duplicate else copy.copy(data)).to(device)
     if isinstance(data, dict):
-        # Not built from its contents: a defaultdict, for one, does not take its contents first.
+        # A copy, since not every dict can be built from its contents (a defaultdict cannot).
         mapping = copy.copy(data)
         mapping.update({key: follow(value) for key, value in data.items()})
         return mapping
@@ -73,16 +78,17 @@ def to_device(
     if duplicate and isinstance(data, np.ndarray):
         return data.copy()
     if duplicate and next(tensors_in(data), None) is not None:
-        return _duplicated(data)
+        return _duplicate(data)
     return data
 
 
-def mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a model's output with `change(tensor)` in the place of every tensor.
+def map_tensors(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a model's output with every tensor replaced by `change(tensor)`.
 
-    Tuples, named tuples, lists, mappings and dataclasses are followed, anything else passes.
+    Tuples, named tuples, lists, mappings and dataclasses are followed; anything else is returned
+    as it is.
     """
-    follow = functools.partial(mapped, change=change)
+    follow = functools.partial(map_tensors, change=change)
     if isinstance(data, Tensor):
         return change(data)
     if isinstance(data, tuple):
@@ -103,21 +109,25 @@ def mapped(data: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return data
 
 
-def _duplicated(data: Any) -> Any:
-    """Return an object of a class unknown here with copies of the tensors in it."""
+def _duplicate(data: Any) -> Any:
+    """Return a copy of an object of any class, with copies of its tensors."""
     twins: dict[int, Any] = {
         id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors_in(data)
     }
     try:
         return copy.deepcopy(data, twins)
-    except Exception:  # whatever a class unknown here makes of being copied
+    except Exception:  # the class may not support deepcopy
         return copy.copy(data)
 
 
-def length_of(data: Any) -> int | None:
-    """How many examples a batch holds, by its tensors; those in lists count only without others.
+def count_examples(data: Any) -> int | None:
+    """Return how many examples a batch holds: the common length of its tensors.
 
-    None when they do not agree: a list may hold a tensor for each example.
+    Tensors in lists count only if there are no others, since a list may hold one tensor for each
+    example.
+
+    Returns:
+        The number of examples, or None if the lengths differ.
     """
     lists: list[Any] = []
     lengths = set(_lengths(list(data) if isinstance(data, tuple) else data, lists, top=True))
@@ -146,20 +156,20 @@ def _lengths(data: Any, lists: list[Any], *, top: bool = False) -> Iterator[int]
 
 
 def cut(data: Any, begin: int, end: int, length: int, *, top: bool = True) -> Any:
-    """Return examples `begin` to `end` of a batch of `length`: a piece of every tensor within it.
+    """Return the examples `begin` to `end` of a batch of `length` examples.
 
-    Tensors are cut along their first dimension, and so are lists with one item for each example;
-    other lists, and the batch itself, are made of parts that are cut.
+    Tensors are cut along their first dimension, and lists with one item for each example along
+    their length. The parts of other lists, and of the batch, are cut one by one.
 
     Raises:
-        ValueError: something in the batch does not say where its examples are.
+        ValueError: a part of the batch does not show where its examples are.
     """
     follow = functools.partial(cut, begin=begin, end=end, length=length, top=False)
     if isinstance(data, (Tensor, np.ndarray)):
         if data.ndim == 0:
             return data
         if data.shape[0] != length:
-            raise ValueError(f"a tensor in it has length {data.shape[0]} instead of {length}")
+            raise ValueError(f"one of its tensors has length {data.shape[0]} instead of {length}")
         return data[begin:end]
     if isinstance(data, dict):
         mapping = copy.copy(data)
@@ -170,11 +180,11 @@ def cut(data: Any, begin: int, end: int, length: int, *, top: bool = True) -> An
     if isinstance(data, list) and not top:
         parts = any(isinstance(d, (Tensor, np.ndarray)) and d.shape[:1] == (length,) for d in data)
         if len(data) == length and parts:
-            raise ValueError(f"a list of {length} in it may hold examples or parts of a batch")
+            raise ValueError(f"one of its lists, of length {length}, may hold examples or parts")
         if len(data) == length:
             return data[begin:end]
         if data and not parts:
-            raise ValueError(f"a list in it has length {len(data)} instead of {length}")
+            raise ValueError(f"one of its lists has length {len(data)} instead of {length}")
     if type(data) in (tuple, list):
         return type(data)(follow(item) for item in data)
     if isinstance(data, tuple) and not callable(getattr(data, "to", None)):
@@ -186,11 +196,11 @@ def cut(data: Any, begin: int, end: int, length: int, *, top: bool = True) -> An
         return clone
     if next(tensors_in(data), None) is None:
         return data
-    raise ValueError(f"a {type(data).__name__} does not tell where its examples are")
+    raise ValueError(f"a {type(data).__name__} does not show where its examples are")
 
 
 def same_tensors(first: Any, second: Any) -> bool:
-    """Return whether two batches hold equal tensors, to be differentiated alike."""
+    """Return whether two batches hold equal tensors with equal `requires_grad`."""
     ones, others = list(tensors_in(first)), list(tensors_in(second))
     return len(ones) == len(others) and all(
         a.requires_grad == b.requires_grad and same_values(a, b)
@@ -199,7 +209,10 @@ def same_tensors(first: Any, second: Any) -> bool:
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal, NaN counting as a value; sparse ones are not looked into."""
+    """Return whether two tensors are equal, NaN equal to NaN.
+
+    Sparse and nested tensors, and those on the meta device, are not compared and count as equal.
+    """
     dense = first.layout == second.layout == torch.strided and not first.is_nested
     if not dense or first.device.type == "meta" or torch.equal(first, second):
         return True
@@ -214,16 +227,16 @@ SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 
 
 def is_record(value: Any) -> bool:
-    """Return whether what an object is lies in its attributes: no code, tensor, array or module."""
+    """Return whether attributes make up an object: not so for code, tensors, arrays, modules."""
     if isinstance(value, (Tensor, nn.Module, functools.partial, *_CODE)):
         return False
     return hasattr(value, "__dict__")
 
 
 def members(value: Any) -> Iterable[Any] | None:
-    """Return what a container or an object holds, one level deep; None for what holds nothing.
+    """Return what a container or object holds, one level deep, or None if it cannot hold anything.
 
-    Of mappings these are the values, of dataclasses the fields, of other objects the attributes.
+    For mappings these are the values, for dataclasses the fields, for other objects the attributes.
     """
     if isinstance(value, (Tensor, np.ndarray, *_ATOMS)):
         return None
@@ -239,17 +252,17 @@ def members(value: Any) -> Iterable[Any] | None:
 
 
 def walk(value: Any, passes_over: Callable[[Any], bool] | None = None) -> Iterator[Any]:
-    """Yield an object and all that it leads to, depth first and in order.
+    """Yield an object and everything it holds, depth first and in order.
 
-    Each container and object comes once; tensors, arrays and plain values as often as they are
-    held.
+    Containers and objects are yielded once, tensors and arrays each time they are held. Strings,
+    numbers, dtypes, devices and None are left out.
 
     Args:
-        value: anything.
-        passes_over: what is neither yielded nor followed.
+        value: any object.
+        passes_over: returns true for objects to skip, together with what they hold.
     """
     seen: set[int] = set()
-    # Held, as another object might be given the identity of one that is gone.
+    # Kept alive, since a new object may get the id of a deleted one.
     held: list[Any] = []
     waiting: list[Iterator[Any]] = [iter((value,))]
     while waiting:
@@ -289,19 +302,19 @@ def fingerprint(data: Any) -> int:
             continue
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        check = zlib.crc32(_condensed(raw), zlib.crc32(head, check))
+        check = zlib.crc32(_condense(raw), zlib.crc32(head, check))
     return check
 
 
 LANES = 2**14
-"""32-bit words that are mixed at once; four rows of them are where that begins to pay."""
+"""32-bit words mixed at a time; mixing pays from four rows of this length."""
 
 
-def _condensed(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes | memoryview:
-    """Some 64 KB that depend on every bit of `raw`: a CRC of them costs half of one of it all.
+def _condense(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes | memoryview:
+    """Return about 64 KB that depend on every bit of `raw`, which halves the cost of its CRC.
 
-    The words of each row are mixed into those of the rows before by steps that can be undone
-    (an odd factor, a shift), so that no change of a single word, nor of a row, is lost.
+    Each row of words is mixed into the rows before it by invertible steps (an odd factor, a
+    shift), so a change of a single word or row always changes the outcome.
     """
     rows = raw.size // (4 * LANES)
     if rows < 4:

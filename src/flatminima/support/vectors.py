@@ -1,4 +1,4 @@
-"""Parameter vectors: which parameters, in what order, and random directions among them."""
+"""Vectors of parameters: their layout, checks, and random subspaces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How named tensors lie one after the other in a vector of length `size`."""
+    """The places of named tensors, one after the other, in a vector of length `size`."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
@@ -40,18 +40,18 @@ class Layout:
     def of(cls, tensors: dict[str, Tensor] | dict[str, nn.Parameter]) -> Layout:
         """Return the layout of these tensors.
 
-        The vector's dtype is the widest among theirs, float32 at least.
+        The dtype of the vector is the widest of theirs, and at least float32.
 
         Raises:
-            DeviceError: the tensors lie on several devices.
+            DeviceError: the tensors are on several devices.
         """
         devices = {t.device for t in tensors.values()}
         if len(devices) > 1:
             where = {str(d): next(n for n, t in tensors.items() if t.device == d) for d in devices}
             raise DeviceError(
-                "The selected parameters lie on several devices ("
+                "The selected parameters are on several devices ("
                 + ", ".join(f"{n!r} on {d}" for d, n in sorted(where.items()))
-                + "); move the model to one device or select parameters of one with params=."
+                + "); move the model to one device, or use params= to select those on one device."
             )
         dtype = torch.float32
         for tensor in tensors.values():
@@ -75,17 +75,17 @@ class Layout:
         return sum(self.sizes)
 
     def slices(self) -> Iterator[tuple[str, slice]]:
-        """Yield each name with its place in the vector."""
+        """Yield each name and its slice of the vector."""
         start = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             yield name, slice(start, start + size)
             start += size
 
-    def present(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Return those of the tensors that are laid out here, in order.
+    def pick(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return the parameters that belong to this layout, in its order.
 
         Raises:
-            StateMismatchError: they are no longer of the shape, type or device that they had.
+            StateMismatchError: one of them is gone, or its shape, dtype or device has changed.
         """
         for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
             now = named.get(name)
@@ -93,12 +93,12 @@ class Layout:
                 found = "gone" if now is None else f"{tuple(now.shape)}, {now.dtype}, {now.device}"
                 raise StateMismatchError(
                     f"The parameter {name!r} was {tuple(shape)}, {dtype}, {self.device} when the "
-                    f"Objective was made and is now {found}; make a new Objective."
+                    f"Objective was created and is now {found}; create a new Objective."
                 )
         return {name: named[name] for name in self.names}
 
     def mask(self, positions: Iterable[int]) -> Tensor:
-        """Return a vector (size,) of ones at the tensors in these positions, zeros elsewhere."""
+        """Return a vector (size,) of ones in the tensors at these positions, zeros elsewhere."""
         out = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         places = [place for _, place in self.slices()]
         for position in positions:
@@ -106,7 +106,7 @@ class Layout:
         return out
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """Return one new vector (size,) from a tensor for each name; None counts as zeros."""
+        """Return a new vector (size,) made of one tensor for each name; None stands for zeros."""
         parts = [
             torch.zeros(math.prod(shape), dtype=self.dtype, device=self.device)
             if tensor is None
@@ -119,21 +119,21 @@ class Layout:
         return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Views into `vector` (size,), shaped as the tensors; copies only where dtypes differ."""
+        """Return the tensors in `vector` (size,): views, or copies where dtypes differ."""
         pieces = self.views(vector)
         return [piece.to(dtype) for piece, dtype in zip(pieces, self.dtypes, strict=True)]
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """Return views into `vector` (size,), shaped as the tensors, of the vector's dtype."""
+        """Return views of `vector` (size,) in the shapes of the tensors, in the vector's dtype."""
         pieces = torch.split(vector, list(self.sizes))
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def add(self, total: Tensor, pieces: Sequence[Tensor | None], scale: float) -> None:
-        """Add `scale` times the tensors of some vectors to the rows of `total` (rows, size).
+        """Add `scale` times the given tensors to the rows of `total`.
 
         Args:
-            total: is changed.
-            pieces: for each row a tensor of each name; None counts as zeros.
+            total: (rows, size); changed in place.
+            pieces: for each row one tensor for each name; None stands for zeros.
             scale: a factor.
         """
         targets = [view for row in total for view in self.views(row)]
@@ -147,8 +147,8 @@ class Layout:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether there is neither NaN nor infinity in it."""
-    # The sum reads it once and writes nothing; that alone can overflow, too.
+    """Return whether the tensor holds neither NaN nor infinity."""
+    # The sum is cheaper, but can overflow: only then are the elements tested.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -161,13 +161,21 @@ def check_vector(
     device: torch.device,
     columns: bool = False,
 ) -> Tensor:
-    """`vector` as a finite (size,) tensor, or (size, k) with `columns`, of `dtype` on `device`.
+    """Return `vector` in `dtype` after checking its shape, device and values.
+
+    Args:
+        call: named in errors.
+        vector: a real tensor (size,), or (size, k) with `columns`.
+        size: the length of the vector.
+        dtype: the dtype to return.
+        device: where the vector must be.
+        columns: take a matrix whose columns are the vectors.
 
     Raises:
         ArgumentTypeError: not a real tensor.
-        ShapeError: another shape.
-        DeviceError: another device.
-        NonFiniteError: NaN or infinity in it.
+        ShapeError: the shape differs.
+        DeviceError: the device differs.
+        NonFiniteError: the vector holds NaN or infinity.
     """
     wanted = f"({size}, k)" if columns else f"({size},)"
     if not isinstance(vector, Tensor):
@@ -177,30 +185,30 @@ def check_vector(
     if vector.dim() != (2 if columns else 1) or vector.shape[0] != size:
         raise ShapeError(f"{call} takes shape {wanted}; got {tuple(vector.shape)}.")
     if vector.device != device:
-        raise DeviceError(f"{call} works on {device}; the vector lies on {vector.device}.")
+        raise DeviceError(f"{call} works on {device}; the vector is on {vector.device}.")
     if vector.dtype.is_complex:
         raise ArgumentTypeError(f"{call} takes real vectors; got {vector.dtype}.")
     if not all_finite(vector):
         where = int((~torch.isfinite(vector)).reshape(-1).nonzero()[0])
         index = divmod(where, vector.shape[1])[0] if columns else where
         raise NonFiniteError(f"{call} was given a vector with NaN or infinity at index {index}.")
-    # A column of a matrix would slow down every operation that it enters.
+    # A non-contiguous column of a matrix would slow down every operation.
     return vector.detach().to(dtype).contiguous()
 
 
 class GaussianSubspace:
-    """A ∈ ℝ^{n×p} with independent N(0, 1) entries, never held whole unless it is small.
+    """A matrix A ∈ ℝ^{n×p} with independent N(0, 1) entries, stored only if it is small.
 
-    The entries are drawn in float32, a block of rows at a time, each block from its own seed, so
-    that products with A regenerate what does not fit `budget` bytes.
+    The entries are drawn in float32, a block of rows at a time, each block from its own seed. If
+    A does not fit into `budget` bytes, products with A draw the entries again.
 
     Args:
         size: n.
         dimension: p.
         seed: an int, or a generator from which one is drawn.
-        dtype: of the vectors it works on.
-        device: of the vectors it works on.
-        budget: bytes of A that may be kept.
+        dtype: dtype of the vectors.
+        device: device of the vectors.
+        budget: bytes that may be used to store A. Default: 2²⁹ (512 MiB).
     """
 
     BLOCK_ENTRIES = 2**22
@@ -239,7 +247,7 @@ class GaussianSubspace:
             )
 
     def expand(self, coordinates: Tensor) -> Tensor:
-        """Return a z, shape (n,), for `coordinates` z of shape (p,)."""
+        """Return A z, shape (n,), for `coordinates` z of shape (p,)."""
         z = coordinates.to(device=self.device, dtype=self.dtype)
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         for rows, block in self._blocks():
@@ -254,7 +262,7 @@ class GaussianSubspace:
         return total
 
     def coordinates(self, vector: Tensor) -> Tensor:
-        """Return A⁺ v = (AᵀA)⁻¹ Aᵀ v in float64 on the host, shape (p,); a p × p solve."""
+        """Return A⁺ v = (AᵀA)⁻¹ Aᵀ v in float64 on the host, shape (p,), by a p × p solve."""
         gram = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
         for _, block in self._blocks():
             wide = block.to(torch.float64) if block.device.type != "mps" else block

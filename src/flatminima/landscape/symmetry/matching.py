@@ -14,7 +14,7 @@ from ...errors import InvalidArgumentError, NonFiniteError
 from ...objective.modules import check_model, unwrap
 from ...results import Outcome, Result, Table, format_number
 from ...support.checks import check_instance, check_integer
-from ...support.randomness import Seed, as_generator, preserved_random_state
+from ...support.randomness import Seed, as_generator, preserve_random_state
 from ...support.trees import tensors_in
 from ...support.vectors import all_finite
 from ..endpoints import State, check_same, model_state
@@ -232,7 +232,7 @@ def _check_function(call: str, model: nn.Module, permuted: nn.Module, inputs: An
     """Refuse a model whose outputs are others; `model` is a copy, too."""
     flags = [module.training for module in permuted.modules()]
     try:
-        with torch.no_grad(), preserved_random_state():
+        with torch.no_grad(), preserve_random_state():
             pairs = [list(tensors_in(net.eval()(inputs))) for net in (model, permuted)]
     finally:
         for module, training in zip(permuted.modules(), flags, strict=True):

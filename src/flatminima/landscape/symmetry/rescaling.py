@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...errors import ArgumentTypeError, FlatMinimaWarning, InvalidArgumentError, closest, warn
 from ...objective.modules import check_model, unwrap
 from ...support.checks import check_choice, check_instance, check_positive
-from ...support.randomness import Seed, as_generator, preserved_random_state
+from ...support.randomness import Seed, as_generator, preserve_random_state
 from .homogeneous import LAYERS, Paths, Route, Stop, channels_of
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def trace_graph(model: nn.Module, training: bool) -> Graph:
             )
         given = inspect.signature(model.forward).parameters.values()
         defaults = {p.name: p.default for p in given if p.default is not p.empty}
-        with preserved_random_state(), warnings.catch_warnings(), torch.enable_grad():
+        with preserve_random_state(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             graph = Tracer().trace(model, defaults or None)
         constants = [n for n in graph.nodes if n.op == "get_attr"]

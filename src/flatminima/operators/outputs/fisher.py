@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import InvalidArgumentError
 from ...objective.losses import criterion_option, is_known, is_sum, known_loss, pytorch_loss
 from ...objective.weights import example_weights
-from ...support.trees import cut, mapped, tensors_in
+from ...support.trees import cut, map_tensors, tensors_in
 from .loss_curvature import (
     Diagonal,
     Logistic,
@@ -162,7 +162,7 @@ def check_examples(criterion: Any, output: Any, target: Any) -> None:
             both, first, second = (
                 float(
                     criterion(
-                        mapped(output, lambda t, a=a, b=b: t[a:b].clone()),  # type: ignore[misc]
+                        map_tensors(output, lambda t, a=a, b=b: t[a:b].clone()),  # type: ignore[misc]
                         cut(target, a, b, count),
                     )
                 )

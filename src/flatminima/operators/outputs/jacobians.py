@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from ...support.failures import is_out_of_memory
-from ...support.trees import cut, mapped
+from ...support.trees import cut, map_tensors
 from .loss_curvature import OutputMatrix, patternless
 
 __all__ = ["OUTPUTS", "jacobian_diagonal"]
@@ -141,7 +141,7 @@ def _transformed(
     """Return jacobians (examples, outputs, …) by each leaf, all at once by torch.func."""
 
     def one(parameters: dict[str, Tensor], example: Any) -> Tensor:
-        alone = mapped(example, lambda t: t.unsqueeze(0))
+        alone = map_tensors(example, lambda t: t.unsqueeze(0))
         out: Tensor = functional_call(model, parameters, (alone,))
         return out.reshape(-1)
 

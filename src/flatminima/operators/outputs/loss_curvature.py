@@ -14,7 +14,7 @@ from ...derivatives.missing import not_twice
 from ...derivatives.tracing import GraphTrace
 from ...errors import ArgumentTypeError
 from ...objective.losses import criterion_option, is_sum, pytorch_loss
-from ...support.trees import mapped, tensors_in
+from ...support.trees import map_tensors, tensors_in
 
 __all__ = [
     "Diagonal",
@@ -84,7 +84,7 @@ def _every(output: Any) -> list[Tensor]:
         found.append(tensor)
         return tensor
 
-    mapped(output, note)
+    map_tensors(output, note)
     return found
 
 
@@ -194,7 +194,7 @@ def loss_gradient(
 
     with torch.enable_grad():
         # Copies, to which the loss function may write.
-        loss = criterion(mapped(mapped(output, change), torch.clone), target)
+        loss = criterion(map_tensors(map_tensors(output, change), torch.clone), target)
     if not loss.requires_grad:
         return leaves, [None] * len(leaves)
     refusal = None if trace is None else trace.refusal(loss, leaves)
