@@ -170,7 +170,7 @@ def test_as_many_products_as_rows_give_it_exactly(method, products, width, monke
 
 
 def test_exact_with_more_products_than_allowed_is_refused_with_the_way_out(monkeypatch):
-    with pytest.raises(fm.InvalidArgumentError, match=r"takes 150 products.*Give products=150"):
+    with pytest.raises(fm.InvalidArgumentError, match=r"takes 150 products.*Pass products=150"):
         fm.diagonal(hidden(FLAT), method="exact", products=149)
     monkeypatch.setattr(diagonal_module, "EXACT_LIMIT", 100)
     with pytest.raises(fm.InvalidArgumentError, match=r"more than 100.*'xdiag' or 'hutchinson'"):

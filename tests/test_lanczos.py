@@ -436,7 +436,7 @@ def test_product_that_changes_between_calls_is_found_out():
         return vector * torch.arange(len(vector), dtype=vector.dtype) * (0.5 + scale)
 
     operator = fm.FunctionOperator(noisy, 30, dtype=torch.float64)
-    with pytest.raises(fm.NotSymmetricError, match="stays the same from product to product"):
+    with pytest.raises(fm.NotSymmetricError, match="does not change between products"):
         fm.lanczos(operator, k=2, tol=1e-8)
 
 

@@ -10,7 +10,7 @@ import torch
 import flatminima as fm
 from flatminima.algorithms.estimators import leave_one_out, sketch
 from flatminima.algorithms.estimators.leave_one_out import (
-    deflated_blocks,
+    trace_known_blocks,
     xdiag,
     xtrace,
     xtrace_blocks,
@@ -173,7 +173,7 @@ def test_factors_are_those_of_the_products(name, counts):
 @EVERY_MATRIX
 def test_left_out_directions_lie_across_every_other_column(name):
     made = sketched(MATRICES[name], 12)
-    directions = made.left_out()
+    directions = made.missing_directions()
     across = directions.T @ made.factor
     lengths = torch.linalg.vector_norm(made.factor, dim=0)
     assert torch.allclose(directions.square().sum(dim=0), torch.ones(12).double())
@@ -193,7 +193,7 @@ def test_rounding_makes_no_directions(rank, counts, dtype):
         made.extend(count)
     assert made.rank == rank
     assert operator.multiplied == 12 + rank
-    assert torch.count_nonzero(made.left_out()) == 0
+    assert torch.count_nonzero(made.missing_directions()) == 0
     gap = made.basis @ made.basis.T - torch.eye(rank)
     assert bool((gap.abs() < 1e-5).all())
 
@@ -205,7 +205,7 @@ def test_equal_test_vectors_do_not_hide_that_others_are_needed():
     made.tests = torch.tensor([[1, 1, 1], [1, 1, 1], [1, -1, 1]]).double()
     left, sizes, right = torch.linalg.svd(matrix @ made.tests.T)
     made.basis, made.factor = left[:, :2].T, torch.diag(sizes[:2]) @ right[:2]
-    kept = made.left_out().square().sum(dim=0)
+    kept = made.missing_directions().square().sum(dim=0)
     assert torch.allclose(kept, torch.tensor([0, 0, 1]).double())
 
 
@@ -217,7 +217,9 @@ def test_strips_change_nothing_but_rounding(strip, monkeypatch):
     cut = sketched(MATRICES["decaying"], 6, 3)
     assert torch.allclose(xtrace(cut)[0], xtrace(whole)[0], rtol=1e-12)
     assert torch.allclose(xtrace_blocks(cut, BLOCKS), xtrace_blocks(whole, BLOCKS), atol=1e-12)
-    assert torch.allclose(deflated_blocks(cut, BLOCKS), deflated_blocks(whole, BLOCKS), atol=1e-12)
+    assert torch.allclose(
+        trace_known_blocks(cut, BLOCKS), trace_known_blocks(whole, BLOCKS), atol=1e-12
+    )
 
 
 def test_what_is_known_of_a_block_is_what_deflation_takes_away():
@@ -226,7 +228,7 @@ def test_what_is_known_of_a_block_is_what_deflation_takes_away():
     outside = torch.eye(SIZE).double() - made.basis.T @ made.basis
     known = (matrix - outside @ matrix @ outside).diagonal()
     wanted = torch.stack([part.sum() for part in torch.split(known, list(BLOCKS))])
-    assert torch.allclose(deflated_blocks(made, BLOCKS), wanted, atol=1e-11)
+    assert torch.allclose(trace_known_blocks(made, BLOCKS), wanted, atol=1e-11)
     rows = torch.eye(SIZE).double()[:4]
     assert torch.allclose(made.project(rows), outside[:4], atol=1e-12)
 
@@ -235,7 +237,7 @@ def test_memory_that_runs_out_is_told_with_the_way_out(monkeypatch):
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sketch, "products_of", fail)
+    monkeypatch.setattr(sketch, "multiply_rows", fail)
     with pytest.raises(
         fm.DeviceMemoryError, match=r"sketch with 5 vectors of length 150.*products="
     ):

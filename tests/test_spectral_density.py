@@ -351,7 +351,7 @@ def test_a_group_is_gone_before_the_next_one_takes_memory(monkeypatch):
         return made
 
     monkeypatch.setattr(chains, "Basis", counted)
-    monkeypatch.setattr(chains, "_width", lambda *arguments: 2)
+    monkeypatch.setattr(chains, "_count_fitting", lambda *arguments: 2)
     fm.spectral_density(matrix(OUTLIERS), probes=7, steps=4)
     assert len(most) == 7
     assert max(most) == 2
@@ -385,7 +385,7 @@ def test_no_memory_at_all_is_told_with_the_way_out(monkeypatch):
 
     operator = matrix(OUTLIERS)
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(fm.DeviceMemoryError, match=r"5 vectors of length 60\. Lower steps="):
+    with pytest.raises(fm.DeviceMemoryError, match=r"5 vectors of length 60\. Reduce steps="):
         fm.spectral_density(operator, steps=5)
 
 

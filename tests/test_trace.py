@@ -333,7 +333,7 @@ def test_limit_warns_and_says_what_was_reached(method):
     assert result.outcome is fm.Outcome.ABOVE_RTOL
     assert result.outcome.doubtful
     assert result.products <= 60
-    with pytest.raises(fm.ConvergenceError, match="Raise products= or rtol=") as caught:
+    with pytest.raises(fm.ConvergenceError, match="Increase products= or rtol=") as caught:
         fm.trace(hidden(matrix), method=method, rtol=1e-6, products=60, strict=True)
     assert caught.value.result == result
 

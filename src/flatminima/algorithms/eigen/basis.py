@@ -1,4 +1,4 @@
-"""The vectors of a Krylov space: one contiguous array, on any device, in any floating type."""
+"""The basis of a Krylov space: one contiguous array, on any device and in any floating dtype."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from ...support.failures import is_out_of_memory
 __all__ = ["Basis", "check_basis_device"]
 
 STRIP, CPU_STRIP = 2**22, 2**17
-"""Entries of the basis that are worked on at a time where a copy of them is needed: on the CPU so
-few that they stay in its cache."""
+"""Entries of the basis that are copied at a time; on the CPU few enough to stay in its cache."""
 
 
 class Basis:
-    """Orthonormal rows. What is computed with them is of the operator's type, where they lie.
+    """Orthonormal rows; computations with them use the operator's dtype and the rows' device.
 
     Args:
-        operator: gives type and device of the vectors that go in and come out.
-        count: of the rows.
-        size: n, of each.
-        device: where the rows lie; the operator's when None.
-        dtype: of the rows; the operator's when None.
-        advice: what to do where memory does not suffice.
+        operator: gives dtype and device of the vectors that go in and come out.
+        count: number of rows.
+        size: n, the length of each row.
+        device: device of the rows. Default: that of the operator.
+        dtype: dtype of the rows. Default: that of the operator.
+        advice: what the error says to do if there is not enough memory.
     """
 
     def __init__(
@@ -40,13 +39,13 @@ class Basis:
         size: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-        advice: str = "Lower basis_size= or k, keep it elsewhere or in fewer bytes with "
+        advice: str = "Reduce basis_size= or k, store the basis elsewhere or in fewer bytes with "
         "basis_device='cpu' or basis_dtype=torch.bfloat16, or select fewer parameters.",
     ) -> None:
         self.outer, self.wide = operator.device, operator.dtype
         self.device, self.dtype = device or self.outer, dtype or self.wide
         self.narrow = self.dtype != self.wide
-        # The entries of long unit vectors lie where float16 has few digits; a power of two.
+        # Entries of long unit vectors are so small that float16 has few digits for them.
         self.scale = 2.0 ** round(math.log2(size) / 2) if self.dtype == torch.float16 else 1.0
         try:
             self.rows = torch.empty(count, size, dtype=self.dtype, device=self.device)
@@ -62,66 +61,66 @@ class Basis:
         return len(self.rows)
 
     def put(self, row: int, vector: Tensor) -> Tensor:
-        """Store a vector; it comes back as it was stored, on the operator's device."""
+        """Store a vector and return it as stored, on the operator's device."""
         self.rows[row] = vector * self.scale if self.narrow else vector
         return self.take(row) if self.narrow else vector.to(self.outer)
 
     def take(self, row: int) -> Tensor:
-        """Return a row, as the operator takes it."""
+        """Return a row in the dtype and on the device of the operator."""
         vector = self.rows[row].to(self.outer).to(self.wide)
         return vector / self.scale if self.narrow else vector
 
     def first(self, count: int) -> Tensor:
-        """Return a copy of the first rows, of length one, as the operator takes them."""
+        """Return unit copies of the first rows, in the dtype and on the device of the operator."""
         if not self.narrow:
             return self.rows[:count].to(self.outer, copy=True)
         rows = self.rows[:count].to(self.outer).to(self.wide)
         return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
-    def heights(self, count: int, vector: Tensor, *, begin: int = 0) -> Tensor:
-        """Return ⟨row, vector⟩ for the rows from `begin` up to `count`, where the basis lies."""
+    def coefficients(self, count: int, vector: Tensor, *, begin: int = 0) -> Tensor:
+        """Return ⟨row, vector⟩ for the rows `begin` to `count`, on the device of the basis."""
         if not self.narrow:
             return self.rows[begin:count] @ vector
-        heights = torch.zeros(count - begin, dtype=self.wide, device=self.device)
+        coefficients = torch.zeros(count - begin, dtype=self.wide, device=self.device)
         for columns in self._strips(count):
-            heights += self.rows[begin:count, columns].to(self.wide) @ vector[columns]
-        return heights / self.scale
+            coefficients += self.rows[begin:count, columns].to(self.wide) @ vector[columns]
+        return coefficients / self.scale
 
-    def without(self, heights: Tensor, vector: Tensor, *, begin: int = 0) -> Tensor:
-        """`vector` less the combination of the rows from `begin` on with these coefficients."""
-        count = begin + len(heights)
+    def subtract(self, coefficients: Tensor, vector: Tensor, *, begin: int = 0) -> Tensor:
+        """Return `vector` minus the rows from `begin` on times these coefficients."""
+        count = begin + len(coefficients)
         if not self.narrow:
-            return vector - self.rows[begin:count].T @ heights
-        rest, heights = vector.clone(), heights / self.scale
+            return vector - self.rows[begin:count].T @ coefficients
+        rest, coefficients = vector.clone(), coefficients / self.scale
         for columns in self._strips(count):
-            rest[columns] -= self.rows[begin:count, columns].to(self.wide).T @ heights
+            rest[columns] -= self.rows[begin:count, columns].to(self.wide).T @ coefficients
         return rest
 
-    def remainder(self, count: int, vector: Tensor, *, begin: int = 0) -> tuple[Tensor, Tensor]:
-        """Return `vector` less its part along the first `count` rows, taken away twice.
+    def orthogonalize(self, count: int, vector: Tensor, *, begin: int = 0) -> tuple[Tensor, Tensor]:
+        """Subtract the part of `vector` along the first `count` rows, twice.
 
-        The first time only along the rows from `begin` on, if it is orthogonal to the others but
-        for rounding.
+        The first time only the rows from `begin` on are used, for a vector that is orthogonal to
+        the others up to rounding.
 
         Returns:
-            Its heights over these rows and then the norm of what is left, shape (count + 1,), and
-            what is left, both where the basis lies.
+            The coefficients of `vector` on these rows followed by the norm of the remainder,
+            shape (count + 1,), and the remainder, both on the device of the basis.
         """
-        first = self.heights(count, vector, begin=begin)
-        vector = self.without(first, vector, begin=begin)
-        heights = self.heights(count, vector)
-        vector = self.without(heights, vector)
-        heights[begin:] += first
-        # In float64, as squares of small numbers vanish in float32.
+        first = self.coefficients(count, vector, begin=begin)
+        vector = self.subtract(first, vector, begin=begin)
+        coefficients = self.coefficients(count, vector)
+        vector = self.subtract(coefficients, vector)
+        coefficients[begin:] += first
+        # In float64, since squares of small numbers underflow in float32.
         wide = None if vector.device.type == "mps" else torch.float64
         norm = torch.linalg.vector_norm(vector, dtype=wide).reshape(1)
-        return torch.cat([heights.to(norm.dtype), norm]), vector
+        return torch.cat([coefficients.to(norm.dtype), norm]), vector
 
     def rotate(self, coefficients: np.ndarray[Any, np.dtype[np.float64]], count: int) -> None:
-        """Put combinations of the first `count` rows in their place, a strip at a time."""
+        """Replace the first `count` rows by linear combinations of them, a strip at a time."""
         if count == 0:
             return
-        # In float64 where there is: PyTorch may be set to multiply float32 matrices in less.
+        # In float64 if possible: PyTorch may be set to multiply float32 matrices in TF32.
         exact = self.wide if self.device.type == "mps" else torch.float64
         small = torch.as_tensor(coefficients.T.copy()).to(self.device, exact)
         for columns in self._strips(count):
@@ -135,7 +134,11 @@ class Basis:
 
 
 def check_basis_device(call: str, device: torch.device | str) -> torch.device:
-    """Return the device where the basis of `call` is to lie, when it can."""
+    """Return the device for the basis of `call`, if it can hold one.
+
+    Raises:
+        DeviceError: the device does not exist, or is "meta".
+    """
     found = check_device(call, device, "basis_device")
     if found.type == "meta":
         raise DeviceError(

@@ -1,4 +1,4 @@
-"""What a chain of Lanczos vectors tells of the operator, and the small algebra with it."""
+"""The projection of an operator on a chain of Lanczos vectors, and its small matrices."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = [
     "Floats",
     "Ritz",
     "Steps",
-    "congruent",
+    "bound_sum",
     "eigh",
+    "multiply",
     "select",
-    "sum_bound",
-    "times",
+    "transform_gram",
 ]
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 R = TypeVar("R")
 Steps = Generator[Tensor, Tensor, R]
-"""Yields a vector to be multiplied, is sent the product, and returns R."""
+"""A generator that yields a vector to multiply, is sent the product, and returns R."""
 
 NEAR = 3.0
-"""Tolerances within which another Ritz value is a neighbour of the wanted ones."""
+"""Distance, in tolerances, up to which another Ritz value is a neighbour of the wanted ones."""
 
 REST = 0.1
-"""Tolerances by which values at rest may move in a step."""
+"""Change in a step, in tolerances, up to which values are at rest."""
 
 
 @dataclasses.dataclass
@@ -42,23 +42,23 @@ class Ritz:
 
     values: Floats
     vectors: Floats
-    """A column for each pair: coefficients of the held vectors, then of the chain's."""
+    """A column for each pair: coefficients of the held vectors, then of the chain's vectors."""
     residuals: Floats
     wanted: list[int]
     """Positions of the (up to k) wanted pairs, best first."""
     gram: Floats
-    """Of the held vectors' residuals, less what the chain holds of them."""
+    """The Gram matrix of the held vectors' residuals, without their parts along the chain."""
     tie: Floats
-    """The residual of each pair along the chain's next vector."""
+    """The residual of each pair along the next vector of the chain."""
 
 
 class Chain:
-    """What a chain of Lanczos vectors tells of the operator.
+    """The projection of the operator on a chain of Lanczos vectors.
 
     Args:
-        rows: of the basis.
-        held: of them, those that the chain is orthogonal to.
-        share: logarithm of the random part's share in the start vector.
+        rows: number of rows of the basis.
+        held: number of those rows that are held, to which the chain is orthogonal.
+        share: logarithm of the random part's share of the start vector.
     """
 
     def __init__(self, rows: int, held: int, share: float = 0.0) -> None:
@@ -66,7 +66,7 @@ class Chain:
         self.logs = -share
         """Σ log βⱼ over all steps."""
         self.gone = np.empty(0)
-        """Ritz values given up at restarts."""
+        """Ritz values dropped at restarts."""
         self.restarted = False
         self._empty(held)
 
@@ -85,39 +85,39 @@ class Chain:
         """Uᵀ A V."""
         return self._coupling[:, : self.size]
 
-    def take(self, heights: Floats, beta: float, tie: Floats | None, gram: Floats) -> Floats:
-        """Add a step; by how much its heights contradict the symmetry of the operator."""
+    def take(self, coefficients: Floats, beta: float, tie: Floats | None, gram: Floats) -> Floats:
+        """Add a step and return by how much its coefficients contradict symmetry."""
         held, i = len(self._coupling), self.size
-        self._coupling[:, i], column = heights[:held], heights[held:]
+        self._coupling[:, i], column = coefficients[:held], coefficients[held:]
         self._projected[: i + 1, i] = self._projected[i, : i + 1] = column
         gaps = column[:-1].copy()
         if i:
             gaps[-1] -= self.beta
         elif tie is not None:
             slack = np.sqrt(np.maximum(np.diag(gram), 0))
-            gaps = np.maximum(np.abs(heights[:held] - tie) - slack, 0)
+            gaps = np.maximum(np.abs(coefficients[:held] - tie) - slack, 0)
         self.beta = beta
         self.logs += math.log(max(beta, 1e-300))
         self.size += 1
         return gaps
 
     def restart(self, held: int, gone: Floats) -> None:
-        """Restart at the next vector, with `held` Ritz vectors held."""
+        """Restart at the next vector, with `held` vectors held and the values `gone` dropped."""
         self.gone = np.concatenate([self.gone, gone])
         self.restarted = True
         self._empty(held)
 
     def log_chance(self, sign: int, bound: float, n: int, values: Floats) -> float:
-        """Logarithm of a bound on the chance of having missed an eigenvalue beyond `bound`.
+        """Return the logarithm of a bound on the chance of a missed eigenvalue beyond `bound`.
 
         After j steps from b the next vector is π(A) b / Πβ, where π is the monic polynomial
-        whose zeros are the Ritz values. It has length one, so that an eigenvector of λ has at
-        most Πβ / |π(λ)| in common with b. For a random b that is as rare as
+        whose zeros are the Ritz values. Since it has length one, the component of b along an
+        eigenvector of λ is at most Πβ / |π(λ)|. For a random b the probability of this is at most
         √(2n/π) Πβ / |π(λ)| (van Dorsselaer, Hochstenbach and van der Vorst 1999).
-        Ritz values that a restart gives up remain zeros.
+        Ritz values dropped at a restart remain zeros of π.
         """
         if not self.first:
-            if self.restarted:  # the values of the chain alone are known no more
+            if self.restarted:  # the Ritz values of the chain alone are no longer known
                 return math.inf
             values = eigh(self.matrix)[0]
         gaps = bound - sign * np.concatenate([values, self.gone])
@@ -127,17 +127,21 @@ class Chain:
 
 
 class Drift:
-    """Whether Ritz values have come to rest, where neighbours might still take their place.
+    """A test whether Ritz values that have close neighbours have come to rest.
 
-    Small residuals come early where more eigenvalues than are wanted lie within a few tolerances of
-    each other: each Ritz vector is then a mixture of them, and the values still grow.
+    If more eigenvalues than are wanted lie within a few tolerances of each other, residuals become
+    small early: each Ritz vector is then a mixture of them, and the values still grow.
     """
 
     def __init__(self) -> None:
         self._values, self._moves = np.empty(0), [math.inf] * 2
 
-    def ended(self, ritz: Ritz, tolerance: float) -> bool:
-        """After one more step: no other is near the wanted ones, or two steps hardly moved them."""
+    def has_ended(self, ritz: Ritz, tolerance: float) -> bool:
+        """Return, after one more step, whether the wanted values are isolated or at rest.
+
+        They are isolated if no other Ritz value is near, and at rest if they hardly moved in the
+        last two steps.
+        """
         values = np.sort(ritz.values[ritz.wanted])
         same = len(values) == len(self._values)
         move = float(np.abs(values - self._values).max()) if same else math.inf
@@ -147,20 +151,21 @@ class Drift:
         return bool((gaps > NEAR * tolerance).all()) or max(self._moves) <= REST * tolerance
 
 
-def congruent(gram: Floats, vectors: Floats) -> Floats:
-    """VᵀGV."""
-    return times(vectors.T, times(gram, vectors))
+def transform_gram(gram: Floats, vectors: Floats) -> Floats:
+    """Return VᵀGV."""
+    return multiply(vectors.T, multiply(gram, vectors))
 
 
-def times(one: Floats, other: Floats) -> Floats:
-    """Return the product, as in `eigh`."""
+def multiply(one: Floats, other: Floats) -> Floats:
+    """Return the matrix product, computed by torch as in `eigh`."""
     return (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
 
 
-def sum_bound(one: Floats, other: Floats, count: int) -> Floats:
-    """A bound of (A + B)ᵀ (A + B) from AᵀA and BᵀB: (1 + t) AᵀA + (1 + 1/t) BᵀB for any t > 0.
+def bound_sum(one: Floats, other: Floats, count: int) -> Floats:
+    """Return an upper bound of (A + B)ᵀ (A + B), given AᵀA and BᵀB.
 
-    This t is the best one for the first `count` columns together.
+    (1 + t) AᵀA + (1 + 1/t) BᵀB is such a bound for every t > 0. The t chosen is the best one for
+    the first `count` columns together.
     """
     a, b = (math.sqrt(max(float(np.trace(m[:count, :count])), 0.0)) for m in (one, other))
     if a == 0 or b == 0:
@@ -169,13 +174,13 @@ def sum_bound(one: Floats, other: Floats, count: int) -> Floats:
 
 
 def eigh(matrix: Floats) -> tuple[Floats, Floats]:
-    """By torch and not NumPy, whose threads would contend with torch's at every step."""
+    """Return eigenvalues and eigenvectors by torch, as NumPy's threads compete with torch's."""
     values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
     return values.numpy(), vectors.numpy()
 
 
 def select(values: Floats, which: str, count: int, *, top: int | None = None) -> list[int]:
-    """Return positions of the `count` values that `which` asks for, best first."""
+    """Return the positions of the `count` values that `which` selects, best first."""
     descending = [int(i) for i in np.argsort(-values, kind="stable")]
     if which == "LA":
         return descending[:count]

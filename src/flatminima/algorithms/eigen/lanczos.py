@@ -1,4 +1,4 @@
-"""`lanczos`: the outermost eigenpairs of a symmetric operator."""
+"""The outermost eigenpairs of a symmetric operator, by thick-restart Lanczos."""
 
 from __future__ import annotations
 
@@ -41,57 +41,60 @@ def lanczos(
 ) -> EigenResult:
     """Return the k outermost eigenpairs of a symmetric operator.
 
-    Thick-restart Lanczos (Wu and Simon 2000, doi:10.1137/S0895479898334605) with full
-    reorthogonalisation done twice, the residual test at every step, and the projected problem in
-    float64 on the host. A small residual says that an eigenvalue is there, not that it is the
-    outermost one: that rests on the random start (Kuczyński and Woźniakowski 1992,
-    doi:10.1137/0613066). The iteration goes on until the chance of having missed an eigenvalue
-    more than 10 `tol` · max |Ritz value| further out is below 1 %, by the bound of van
-    Dorsselaer, Hochstenbach and van der Vorst (1999, https://ir.cwi.nl/pub/4505), or for
-    max(10, −2 log₁₀ `tol`) steps. Where other eigenvalues lie within a few tolerances of the last
-    ones wanted, values that still drift are followed first until they rest. A Krylov space
-    holds one direction of each eigenspace. Where
-    more than one pair is wanted at an end, the space is therefore held and a new random vector,
-    orthogonal to it, sent out until it brings nothing better: this is what finds repeated
-    eigenvalues.
+    The method is thick-restart Lanczos (Wu and Simon 2000, doi:10.1137/S0895479898334605). Full
+    reorthogonalisation is done twice, residuals are tested at every step, and the projected
+    problem is solved in float64 on the host.
+
+    A small residual shows that there is an eigenvalue, not that it is the outermost one: this
+    relies on the random start (Kuczyński and Woźniakowski 1992, doi:10.1137/0613066). The
+    iteration continues until the chance of having missed an eigenvalue more than
+    10 `tol` · max |Ritz value| further out is below 1 %, by the bound of van Dorsselaer,
+    Hochstenbach and van der Vorst (1999, https://ir.cwi.nl/pub/4505), or for
+    max(10, −2 log₁₀ `tol`) steps. If other eigenvalues lie within a few tolerances of the last
+    wanted ones, values that still drift are followed until they come to rest.
+
+    A Krylov space contains only one direction of each eigenspace. If more than one pair is wanted
+    at an end, the space is therefore held, and chains start from new random vectors orthogonal to
+    it until they find nothing better. This finds repeated eigenvalues.
 
     Args:
-        operator: symmetric; `HessianOperator`, `MatrixOperator`, `FunctionOperator` or another.
+        operator: a symmetric operator: `HessianOperator`, `MatrixOperator`, `FunctionOperator` or
+            another.
         k: number of pairs, 1 ≤ k ≤ n. With "BE" also two numbers, (largest, smallest).
         which: "LA" largest algebraic, "SA" smallest algebraic, "LM" largest magnitude, or "BE"
-            both ends (⌈k/2⌉ largest and ⌊k/2⌋ smallest). Signs are kept everywhere.
-        tol: a pair is converged when ‖A u − λ u‖ ≤ tol · max |Ritz value|.
+            both ends (⌈k/2⌉ largest and ⌊k/2⌋ smallest). Signs are always kept.
+        tol: a pair has converged when ‖A u − λ u‖ ≤ tol · max |Ritz value|.
         max_products: limit on products with the operator. Default: max(1000, 20 k).
-        seed: of the random start vectors.
-        initial: where to look first: an earlier result, of this operator to a looser tolerance
-            or of a similar one, or a tensor (n,) or (n, m). It saves products where it is good,
-            and costs few where it is not; the answer does not rest on it.
-        basis_size: vectors of length n that are kept. Default: max(2 k + 10, 20).
-        basis_device: where they are kept. Default: the operator's device. "cpu" spares the
-            memory of a GPU: each product is then copied to the host, where it is made
-            orthogonal, and the next vector back.
-        basis_dtype: of their entries. Default: the operator's. `torch.bfloat16` and
+        seed: seed of the random start vectors.
+        initial: where to start: an earlier result for this operator with a larger tolerance or
+            for a similar operator, or a tensor (n,) or (n, m). A good start saves products and a
+            bad one costs few; the answer does not depend on it.
+        basis_size: number of vectors of length n in the basis. Default: max(2 k + 10, 20).
+        basis_device: device of the basis. Default: that of the operator. "cpu" saves GPU memory:
+            each product is then copied to the host and orthogonalised there, and the next vector
+            is copied back.
+        basis_dtype: dtype of the basis. Default: that of the operator. `torch.bfloat16` and
             `torch.float16` halve the memory. `tol` must then be at least the precision of that
-            type, 7.8e-3 and 9.8e-4, and one product more for each pair measures the residual of
-            the vector that is returned. Vectors are orthogonal to that precision.
+            dtype, 7.8e-3 or 9.8e-4. The returned vectors are orthogonal to that precision, and
+            one more product for each measures its residual.
         strict: raise instead of warn when the limit is reached.
         progress: show a bar if it takes long.
 
     Returns:
-        Best first: descending for "LA" and "BE", ascending for "SA", by descending magnitude
-        for "LM".
+        The pairs, best first: in descending order for "LA" and "BE", in ascending order for "SA",
+        by descending magnitude for "LM".
 
     Raises:
-        InvalidArgumentError: k outside [1, n], tol ≤ 0 or below what rounding hides,
-            a limit or basis too small, a result without its vectors or a zero vector as
-            `initial`.
-        ShapeError: `initial` has another length than n.
+        InvalidArgumentError: k is outside [1, n]; `tol` is not positive or is below rounding; the
+            limit or the basis is too small; or `initial` is a result without eigenvectors or
+            holds a zero vector.
+        ShapeError: the length of `initial` is not n.
         NonFiniteError: a product, or `initial`, holds NaN or infinity.
         NotSymmetricError: the products contradict the symmetry of the operator.
         ConvergenceError: with `strict`, when the limit is reached.
 
     Warns:
-        ConvergenceWarning: the limit was reached; the result says how far it came.
+        ConvergenceWarning: the limit was reached; the residuals show how far it got.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -143,7 +146,7 @@ def lanczos(
         vector = next(steps)
         while True:
             try:
-                # Not `matvec`: NaN is found with the step's own transfer.
+                # Not `matvec`, since the step itself tests for NaN.
                 vector = steps.send(operator._products(vector.unsqueeze(0))[0])
             except StopIteration as stop:
                 result = stop.value
@@ -159,31 +162,31 @@ def _check_count(k: object, which: str, n: int) -> int | tuple[int, int]:
         return check_integer("lanczos", "k", k, low=1, high=n)
     if which != "BE" or len(k) != 2:
         raise InvalidArgumentError(
-            "The 'k' argument of lanczos is a number, or with which='BE' two numbers "
+            "The 'k' argument of lanczos must be a number, or with which='BE' two numbers "
             f"(largest, smallest); got {k!r} with which={which!r}."
         )
     largest, smallest = (check_integer("lanczos", "k", count, low=0) for count in k)
     if not 1 <= largest + smallest <= n:
         raise InvalidArgumentError(
-            f"The 'k' argument of lanczos must ask for 1 to {n} pairs in all; got "
+            f"The 'k' argument of lanczos must request 1 to {n} pairs in all; got "
             f"{largest} + {smallest}."
         )
     return largest, smallest
 
 
 def _start_vectors(initial: object, operator: LinearOperator) -> Tensor:
-    """Return the vectors given as the columns of (n, m)."""
+    """Return the given vectors as the columns of a matrix (n, m)."""
     if isinstance(initial, EigenResult):
         if initial.eigenvectors is None:
             raise InvalidArgumentError(
                 "The 'initial' argument of lanczos is a result whose eigenvectors were dropped; "
-                "give the result as it was before `without_vectors()`."
+                "pass the result from before `without_vectors()`."
             )
         initial = initial.eigenvectors.to(operator.device)
     if not isinstance(initial, Tensor):
         raise ArgumentTypeError(
             "The 'initial' argument of lanczos must be an EigenResult or a tensor of shape (n,) "
-            f"or (n, m); got {type(initial).__name__}. torch.as_tensor makes one of an array."
+            f"or (n, m); got {type(initial).__name__}. torch.as_tensor converts an array."
         )
     vectors = check_vector(
         "The 'initial' argument of lanczos",
@@ -195,7 +198,7 @@ def _start_vectors(initial: object, operator: LinearOperator) -> Tensor:
     ).reshape(operator.shape[0], -1)
     if vectors.shape[1] == 0 or not bool((vectors != 0).any(dim=0).all()):
         raise InvalidArgumentError(
-            "The 'initial' argument of lanczos holds a vector of zeros, or none at all; leave it "
-            "out where nothing is known."
+            "The 'initial' argument of lanczos holds a zero vector or no vector at all; omit it "
+            "if you have no start vector."
         )
     return vectors

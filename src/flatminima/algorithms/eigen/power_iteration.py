@@ -32,29 +32,29 @@ def power_iteration(
 ) -> EigenResult:
     """Return the k eigenpairs of largest magnitude by power iteration, one after the other.
 
-    Each iterate is kept orthogonal to the pairs already found; in the end the k vectors are
-    rotated among themselves (Rayleigh–Ritz), which costs no further product. It is here as the
-    method that the literature uses and as a check: `lanczos` needs far fewer products.
+    Each iterate is kept orthogonal to the pairs already found. At the end the k vectors are
+    rotated among themselves (Rayleigh–Ritz), which takes no further product. The method is
+    provided because the literature uses it, and as a check: `lanczos` needs far fewer products.
 
     Args:
-        operator: symmetric.
+        operator: a symmetric operator.
         k: number of pairs, 1 ≤ k ≤ n.
-        tol: a pair is converged when ‖A u − λ u‖ ≤ tol · max |λ|.
+        tol: a pair has converged when ‖A u − λ u‖ ≤ tol · max |λ|.
         max_products: limit on products for all pairs together. Default: 1000 k.
-        seed: of the random start vectors.
+        seed: seed of the random start vectors.
         strict: raise instead of warn when the limit is reached.
         progress: show a bar if it takes long.
 
     Returns:
-        By descending magnitude, signs kept, with true residuals.
+        The pairs by descending magnitude, with their signs and true residuals.
 
     Raises:
-        InvalidArgumentError: k outside [1, n], tol ≤ 0 or below rounding.
+        InvalidArgumentError: k is outside [1, n]; `tol` is not positive or is below rounding.
         NonFiniteError: a product holds NaN or infinity.
         ConvergenceError: with `strict`, when the limit is reached.
 
     Warns:
-        ConvergenceWarning: the limit was reached; the result says how far it came. Two
+        ConvergenceWarning: the limit was reached; the residuals show how far it got. Two
             eigenvalues of equal size and opposite sign never converge.
 
     Examples:
@@ -79,19 +79,19 @@ def power_iteration(
         progress_bar("power iteration", total=limit, unit="product", show=progress) as bar,
     ):
         for index in range(k):
-            # What is left for this pair, one product kept for each of those to come.
+            # One product is reserved for each of the pairs to come.
             budget = limit - products - (k - 1 - index)
-            spent, scale = _one_pair(
+            spent, scale = _iterate(
                 operator, found, images, index, tol, budget, scale, generator, bar
             )
             products += spent
-    result = _rotated(found, images, products, tol, operator.error)
+    result = _rotate_pairs(found, images, products, tol, operator.error)
     result = dataclasses.replace(result, readings=operator.readings - before, notes=operator.notes)
     bound = tol * float(result.eigenvalues.abs().max())
     return finish(result, call="power_iteration", bound=bound, strict=strict)
 
 
-def _one_pair(
+def _iterate(
     operator: LinearOperator,
     found: Tensor,
     images: Tensor,
@@ -102,12 +102,27 @@ def _one_pair(
     generator: torch.Generator,
     bar: Any,
 ) -> tuple[int, float]:
-    """Iterate on row `index` of `found`, orthogonal to those above; `images` gets its product."""
+    """Iterate on row `index` of `found`, orthogonal to the rows above it.
+
+    Args:
+        operator: A.
+        found: (k, n), vectors; row `index` is written.
+        images: (k, n), their products; row `index` is written.
+        index: which pair.
+        tol: the tolerance.
+        budget: the largest number of products.
+        scale: the largest |value| so far.
+        generator: draws the start vector.
+        bar: is updated after each product.
+
+    Returns:
+        The number of products, and the largest |value| so far.
+    """
     earlier = found[:index]
     draw = torch.randn(
         found.shape[1], generator=generator, device=generator.device, dtype=found.dtype
     )
-    vector = _orthonormalised(draw.to(found.device), earlier)
+    vector = _orthonormalize(draw.to(found.device), earlier)
     spent = 0
     while spent < budget:
         spent += 1
@@ -123,14 +138,14 @@ def _one_pair(
         scale = max(scale, abs(numbers[0]))
         bar.set_postfix_str(f"pair {index + 1}, residual {numbers[1]:.1e}", refresh=False)
         bar.update()
-        # Half the tolerance, so that the pairs rotated among themselves stay within it.
+        # Half the tolerance, since the rotation in the end may increase the residuals.
         if numbers[1] <= 0.5 * tol * scale or numbers[2] == 0:
             break
-        vector = _orthonormalised(remainder, earlier)
+        vector = _orthonormalize(remainder, earlier)
     return spent, scale
 
 
-def _orthonormalised(vector: Tensor, earlier: Tensor) -> Tensor:
+def _orthonormalize(vector: Tensor, earlier: Tensor) -> Tensor:
     vector = vector / torch.linalg.vector_norm(vector)
     for _ in range(2):
         vector = vector - earlier.T @ (earlier @ vector)
@@ -138,8 +153,10 @@ def _orthonormalised(vector: Tensor, earlier: Tensor) -> Tensor:
     return unit
 
 
-def _rotated(found: Tensor, images: Tensor, products: int, tol: float, error: float) -> EigenResult:
-    """Rayleigh–Ritz on the span of `found`, whose products `images` are at hand."""
+def _rotate_pairs(
+    found: Tensor, images: Tensor, products: int, tol: float, error: float
+) -> EigenResult:
+    """Return the Ritz pairs on the span of `found`, given its products `images`."""
     small = (found @ images.T).cpu().double()
     ascending, rotation = torch.linalg.eigh((small + small.T) / 2)
     order = ascending.abs().argsort(descending=True, stable=True)

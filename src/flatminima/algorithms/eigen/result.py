@@ -1,4 +1,4 @@
-"""What an eigensolver returns."""
+"""The result of an eigensolver."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class EigenResult(Result):
     """Eigenpairs of a symmetric operator, best first, each with its residual.
 
     Attributes:
-        eigenvalues: (k,) in float64 on the host, signs kept.
-        eigenvectors: (n, k) of the operator's dtype on its device, orthonormal columns; None
-            once dropped.
-        residuals: (k,) ‖A u − λ u‖ in float64: some eigenvalue lies within that of λ.
-        outcome: converged, stopped at the product limit, or as exact as the products are.
-        products: number of products with the operator that it took.
+        eigenvalues: (k,) with their signs, in float64 on the host.
+        eigenvectors: (n, k) orthonormal columns, in the dtype and on the device of the operator;
+            None once dropped.
+        residuals: (k,) ‖A u − λ u‖ in float64. An eigenvalue lies within this distance of λ.
+        outcome: converged, stopped at the product limit, or as exact as the products allow.
+        products: number of products with the operator.
         which: the end of the spectrum, as given.
-        tol: the tolerance as given, relative to the largest |Ritz value|.
+        tol: the tolerance, as given, relative to the largest |Ritz value|.
         method: the name of the solver.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -61,18 +61,18 @@ class EigenResult(Result):
         return self.outcome is Outcome.CONVERGED
 
     def without_vectors(self) -> EigenResult:
-        """Return the same result without its eigenvectors, for keeping or writing to a file."""
+        """Return the same result without its eigenvectors, to save memory or disk space."""
         return dataclasses.replace(self, eigenvectors=None)
 
     def part(self, which: Literal["LA", "SA"], count: int) -> EigenResult:
-        """Return the `count` largest ("LA") or smallest ("SA") of the pairs, best first.
+        """Return the `count` largest ("LA") or smallest ("SA") pairs, best first.
 
-        The number of products remains that of the whole, and so does the outcome, but for residuals
-        that only the inexactness of the products keeps above the tolerance: where none of these is
-        among the pairs taken, the part has converged.
+        The number of products is that of the whole result. So is the outcome, with one exception:
+        if inexact products kept some residuals above the tolerance, and none of these is among
+        the pairs returned, the part has converged.
 
         Raises:
-            InvalidArgumentError: more pairs than there are.
+            InvalidArgumentError: `count` exceeds the number of pairs.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -119,11 +119,11 @@ class EigenResult(Result):
 
 
 ROUNDING = 20
-"""Residuals below this many units of the operator's precision are lost in rounding."""
+"""Residuals below this many units of the operator's precision are rounding errors."""
 
 
 def check_tolerance(call: str, tol: float, dtype: torch.dtype) -> float:
-    """Return `tol` when products in `dtype` are exact enough to reach it."""
+    """Return `tol` if products in `dtype` are exact enough to reach it."""
     tol = check_positive(call, "tol", tol)
     least = ROUNDING * float(torch.finfo(dtype).eps)
     if tol < least:
@@ -138,7 +138,11 @@ BASIS_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_basis_type(call: str, dtype: torch.dtype, wide: torch.dtype, tol: float) -> None:
-    """Refuse a type for the basis that is wider than the products', or too narrow for `tol`."""
+    """Raise if the dtype of the basis is wider than that of the products, or too narrow for `tol`.
+
+    Raises:
+        InvalidArgumentError: `dtype` or `tol` does not suit.
+    """
     if dtype not in BASIS_TYPES or torch.finfo(dtype).eps < torch.finfo(wide).eps:
         raise InvalidArgumentError(
             f"The 'basis_dtype' argument of {call} must be a floating type no wider than that of "
@@ -154,7 +158,17 @@ def check_basis_type(call: str, dtype: torch.dtype, wide: torch.dtype, tol: floa
 
 
 def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> EigenResult:
-    """Return `result`, after warning (or raising, when `strict`) if residuals are above `bound`."""
+    """Return `result`; if it has not converged, warn first, or raise if `strict`.
+
+    Args:
+        result: the result.
+        call: named in the message.
+        bound: the tolerance of the residuals.
+        strict: raise instead of warn.
+
+    Raises:
+        ConvergenceError: with `strict`, if `result` has not converged.
+    """
     if result.converged:
         return result
     late = int((result.residuals > bound).sum())
@@ -164,19 +178,19 @@ def finish(result: EigenResult, *, call: str, bound: float, strict: bool) -> Eig
     if result.outcome is Outcome.INEXACT_PRODUCTS:
         message = (
             f"{call}: the products are differences of gradients, and their estimated error keeps "
-            f"{late} of {len(result.eigenvalues)} residuals above the tolerance; {worst}. Raise "
-            "tol, or use a float64 model."
+            f"{late} of {len(result.eigenvalues)} residuals above the tolerance; {worst}. "
+            "Increase tol, or use a float64 model."
         )
     elif late:
         message = (
             f"{call}: {late} of {len(result.eigenvalues)} eigenpairs did not converge within "
-            f"{result.products} products; {worst}. Raise max_products or tol, or ask for fewer "
+            f"{result.products} products; {worst}. Increase max_products or tol, or compute fewer "
             "pairs."
         )
     else:
         message = (
-            f"{call}: the limit of products came, after {result.products}, before the search for "
-            f"pairs that may have been missed had ended; {worst}. Raise max_products."
+            f"{call}: the limit of {result.products} products was reached before the search for "
+            f"missed pairs had ended; {worst}. Increase max_products."
         )
     if strict:
         raise ConvergenceError(message, result)

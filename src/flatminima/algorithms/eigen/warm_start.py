@@ -1,4 +1,4 @@
-"""Vectors that are given to start from."""
+"""Warm starts of Lanczos from given vectors."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .chain import Floats, Steps, congruent, eigh
+from .chain import Floats, Steps, eigh, transform_gram
 
-__all__ = ["Held", "combine_columns", "take_over"]
+__all__ = ["HeldPairs", "combine_columns", "take_over"]
 
 GOOD = 0.05
-"""Residuals below this part of the Ritz values are worth the products that take vectors over."""
+"""Vectors are worth their products if residuals are below this fraction of the Ritz values."""
 
 NOISE = 50.0
-"""Residuals up to so many units of rounding are none."""
+"""Residuals up to this many units of rounding count as zero."""
 
 PARALLEL = 0.1
-"""Sine below which two residuals count as of one direction."""
+"""Two residuals count as parallel if the sine of their angle is below this."""
 
 
 @dataclasses.dataclass
-class Held:
-    """Ritz pairs of the given vectors, in the first rows of the basis, in ascending order."""
+class HeldPairs:
+    """Ritz pairs on the given vectors, in the first rows of the basis, in ascending order."""
 
     values: Floats
     gram: Floats
-    """Of their residuals, less what lies along `start`."""
+    """The Gram matrix of their residuals, without the parts along `start`."""
     tie: Floats
-    """Of their residuals along `start`."""
+    """The parts of their residuals along `start`."""
     start: Tensor | None
-    """None where the vectors are eigenvectors, without a residual."""
+    """The vector from which the chain continues; None if the vectors are eigenvectors."""
 
 
 def take_over(
     basis: Basis, vectors: Tensor, step: Callable[[int, Tensor], tuple[Floats, Tensor]], tol: float
-) -> Steps[Held | None]:
-    """Rayleigh–Ritz on the columns of `vectors`, a product for each; None where it is no use.
+) -> Steps[HeldPairs | None]:
+    """Return the Ritz pairs on the columns of `vectors`, or None if these are of no use.
 
-    Vectors from a chain of the same operator have residuals of one direction, and the chain
-    goes on from there as after a restart. Others do better as a start vector: their residuals
-    point in as many directions as there are vectors, and each would need its own chain.
-    The first two products tell. Residuals are kept meanwhile in the free half of the basis.
+    Each column takes one product. Vectors from a chain of the same operator have parallel
+    residuals, and the chain continues along them as after a restart. Other vectors are more useful
+    combined into one start vector: their residuals point in as many directions as there are
+    vectors, and each would need a chain of its own. The first two products show which case it is.
+    Residuals are stored in the free half of the basis for the time being.
     """
     count, last = vectors.shape[1], len(basis) - 1
     if basis.narrow or not 1 < count <= len(basis) // 2:
@@ -57,7 +58,7 @@ def take_over(
         vector = vector / vector.abs().amax()
         for _ in range(2):
             vector = vector / torch.linalg.vector_norm(vector)
-            vector = basis.without(basis.heights(i, vector), vector)
+            vector = basis.subtract(basis.coefficients(i, vector), vector)
         length = torch.linalg.vector_norm(vector)
         if not float(length) > 0.5:
             return None
@@ -75,14 +76,14 @@ def take_over(
                 return None
     for i in range(count):
         rest = basis.take(last - i).to(basis.device)
-        basis.put(last - i, basis.without(basis.heights(count, rest), rest))
+        basis.put(last - i, basis.subtract(basis.coefficients(count, rest), rest))
     gram = _gram(basis, count)
     along = eigh(gram)[1][:, -1]
     start = torch.zeros_like(vector)
     for i in range(count):
         start += float(along[i]) * basis.take(last - i).to(basis.device)
     norm = math.sqrt(max(float(along @ gram @ along), 0.0))
-    # Rounding of the products has no direction to go on in.
+    # A residual of rounding errors is no direction to continue in.
     rounding = float(torch.finfo(vectors.dtype).eps) * np.abs(projected).max()
     norm = 0.0 if norm <= NOISE * rounding else norm
     if norm == 0 and count == basis.rows.shape[1]:
@@ -90,16 +91,16 @@ def take_over(
     values, vectors_ = eigh(projected)
     basis.rotate(vectors_, count)
     if norm == 0:
-        return Held(values, np.zeros((count, count)), np.zeros(count), None)
+        return HeldPairs(values, np.zeros((count, count)), np.zeros(count), None)
     tie = vectors_.T @ gram @ along / norm
-    return Held(values, congruent(gram, vectors_) - np.outer(tie, tie), tie, start / norm)
+    return HeldPairs(values, transform_gram(gram, vectors_) - np.outer(tie, tie), tie, start / norm)
 
 
 def _gram(basis: Basis, count: int) -> Floats:
-    """Of the last `count` rows, from the last one backwards."""
+    """Return the Gram matrix of the last `count` rows, from the last one backwards."""
     rows = len(basis)
     columns = [
-        basis.heights(rows, basis.take(rows - 1 - i).to(basis.device))[rows - count :]
+        basis.coefficients(rows, basis.take(rows - 1 - i).to(basis.device))[rows - count :]
         for i in range(count)
     ]
     gram = torch.stack(columns).flip(1).cpu().double().numpy()
@@ -107,10 +108,10 @@ def _gram(basis: Basis, count: int) -> Floats:
 
 
 def combine_columns(vectors: Tensor) -> Tensor | None:
-    """Return a unit vector with an equal part along each column; None where they cancel."""
+    """Return a unit vector with an equal part along each column, or None if the parts cancel."""
     total = torch.zeros_like(vectors[:, 0])
     for i in range(vectors.shape[1]):
-        # The largest entry first: squares of small numbers vanish.
+        # Scaled by the largest entry first, since squares of small numbers underflow.
         vector = vectors[:, i] / vectors[:, i].abs().amax()
         total += vector / torch.linalg.vector_norm(vector)
     norm = float(torch.linalg.vector_norm(total))

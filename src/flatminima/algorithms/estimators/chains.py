@@ -1,4 +1,4 @@
-"""Chains of Lanczos vectors from random vectors, side by side."""
+"""Lanczos chains from random start vectors, run side by side."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..eigen.basis import Basis, check_basis_device
 from ..eigen.chain import Floats
 from ..eigen.result import ROUNDING, EigenResult
 from ..eigen.symmetry import check_symmetry
-from .outliers import TakenOut, take_out
+from .outliers import Outliers, separate_outliers
 from .quadrature import Quadrature, Tridiagonal
 
 __all__ = ["gauss_quadrature"]
 
-ADVICE = "Lower steps=, keep them elsewhere with basis_device='cpu', or select fewer parameters."
+ADVICE = "Reduce steps=, store them elsewhere with basis_device='cpu', or select fewer parameters."
 
 
 def gauss_quadrature(
@@ -37,7 +37,10 @@ def gauss_quadrature(
     seed: Seed = 0,
     progress: bool = True,
 ) -> Quadrature:
-    """The chains of `spectral_density`, whose arguments these are; `call` is named in errors."""
+    """Run the chains of `spectral_density` and return their quadrature.
+
+    The arguments are those of `spectral_density`; `call` is named in errors.
+    """
     check_operator(call, operator)
     n = operator.shape[0]
     check_integer(call, "probes", probes, low=2)
@@ -48,20 +51,20 @@ def gauss_quadrature(
     generator = as_generator(seed, operator.device)
     before = operator.readings
     with operator.session():
-        out = take_out(call, operator, outliers, generator, progress)
+        out = separate_outliers(call, operator, outliers, generator, progress)
         atoms, products = out.atoms, out.products
         count = len(atoms)
         steps = min(steps, n - count)
         chains: list[Tridiagonal] = []
-        width = _width(operator, count + steps, device)
+        width = _count_fitting(operator, count + steps, device)
         scale = float(np.abs(atoms).max()) if count else 0.0
         with progress_bar(
             call, total=probes * steps, unit="product", show=progress and steps > 0
         ) as bar:
             group: list[_Chain] = []
             while steps and len(chains) < probes:
-                group.clear()  # before the next ones take their memory
-                group += _chains(
+                group.clear()  # frees memory for the next chains
+                group += _start_chains(
                     operator, out, min(width, probes - len(chains)), steps, device, generator
                 )
                 _advance(operator, group, scale, bar)
@@ -81,21 +84,21 @@ def gauss_quadrature(
     )
 
 
-def _width(operator: LinearOperator, rows: int, device: torch.device) -> int:
-    """Return how many chains with so many vectors fit into half of the memory, one at least."""
+def _count_fitting(operator: LinearOperator, rows: int, device: torch.device) -> int:
+    """Return how many chains of `rows` vectors fit into half of the free memory, at least one."""
     n = operator.shape[0]
     vector = n * torch.empty(0, dtype=operator.dtype).element_size()
-    # Beside its basis, a chain has a vector, its product and the remainders on their way.
+    # A chain also needs a vector, its product and two remainders.
     return max(1, available_bytes(device) // 2 // ((rows + 4) * vector))
 
 
 class _Chain:
-    """A Lanczos chain orthogonal to what was taken out, reorthogonalised twice in full."""
+    """A Lanczos chain orthogonal to the outliers, with full reorthogonalisation done twice."""
 
     def __init__(
         self,
         operator: LinearOperator,
-        out: TakenOut,
+        out: Outliers,
         steps: int,
         device: torch.device,
         generator: torch.Generator,
@@ -107,10 +110,10 @@ class _Chain:
             self.basis.put(row, out.vectors[row])
         draw = torch.randn(n, generator=generator, device=generator.device, dtype=operator.dtype)
         start = draw.to(device)
-        # Twice, so that little of a vector that lies almost in what was taken out remains there.
+        # Twice, in case the vector lies almost in the span of the outliers.
         for _ in range(2):
             start = start / torch.linalg.vector_norm(start)
-            start = self.basis.remainder(self.held, start)[1]
+            start = self.basis.orthogonalize(self.held, start)[1]
         self.vector = self.basis.put(self.held, start / torch.linalg.vector_norm(start))
         self.steps, self.ended, self.complete = steps, False, False
         self.diagonal: list[float] = []
@@ -119,22 +122,22 @@ class _Chain:
         self.rounding = ROUNDING * float(torch.finfo(operator.dtype).eps)
 
     def step(self, product: Tensor) -> Tensor:
-        """Return heights and norm of the remainder, on the device."""
+        """Return coefficients and norm of the remainder of a product, on the device."""
         count = self.held + len(self.diagonal) + 1
-        numbers, self.rest = self.basis.remainder(count, product.to(self.basis.device))
+        numbers, self.rest = self.basis.orthogonalize(count, product.to(self.basis.device))
         return numbers
 
     def take(self, numbers: Floats, scale: float) -> None:
-        """Add the step with these numbers, and put the next vector in its place."""
+        """Add a step with these coefficients and norm, and store the next vector."""
         if not np.isfinite(numbers).all():
             raise NonFiniteError(f"A product with {self.operator!r} holds NaN or infinity.")
-        heights, beta = numbers[self.held : -1], float(numbers[-1])
-        gaps = heights[:-1].copy()
+        coefficients, beta = numbers[self.held : -1], float(numbers[-1])
+        gaps = coefficients[:-1].copy()
         if self.below:
             gaps[-1] -= self.below[-1]
         check_symmetry(self.operator, gaps, max(scale, float(np.abs(numbers).max())), self.rounding)
-        self.diagonal.append(float(heights[-1]))
-        # What lies along the vectors taken out is rounding, which may be all that there is.
+        self.diagonal.append(float(coefficients[-1]))
+        # Includes the coefficients on the outliers, which are rounding and may be all there is.
         size = max(np.abs(self.diagonal).max(), max(self.below, default=0.0), np.abs(numbers).max())
         done = len(self.diagonal)
         whole = self.held + done == self.operator.shape[0]
@@ -149,25 +152,25 @@ class _Chain:
 
 
 def _advance(operator: LinearOperator, chains: list[_Chain], scale: float, bar: Any) -> None:
-    """Take all chains to their ends, side by side."""
+    """Run all chains to their ends, side by side."""
     while alive := [chain for chain in chains if not chain.ended]:
         found = operator._products(torch.stack([chain.vector for chain in alive]))
         numbers = [chain.step(row) for chain, row in zip(alive, found, strict=True)]
-        # The only transfer of the step.
+        # One transfer to the host for each step.
         for chain, row in zip(alive, torch.stack(numbers).cpu().double(), strict=True):
             chain.take(row.numpy(), scale)
         bar.update(len(alive))
 
 
-def _chains(
+def _start_chains(
     operator: LinearOperator,
-    out: TakenOut,
+    out: Outliers,
     count: int,
     steps: int,
     device: torch.device,
     generator: torch.Generator,
 ) -> list[_Chain]:
-    """Up to `count` chains, as many as memory allows, one at least."""
+    """Return up to `count` new chains, as many as memory allows, at least one."""
     chains: list[_Chain] = []
     while len(chains) < count:
         state = generator.get_state()

@@ -1,4 +1,4 @@
-"""The density of all eigenvalues, as a result."""
+"""The result of `spectral_density`."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from .quadrature import (
 __all__ = ["SpectralDensity", "put_on_scale"]
 
 CHUNK = 4096
-"""Points at which the density is computed at a time."""
+"""Number of points at which the density is computed at a time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SpectralDensity(Result):
-    """How the n eigenvalues of an operator are distributed, outliers apart.
+    """The distribution of the n eigenvalues of an operator, with outliers kept apart.
 
-    Every random vector has its own Gauss rule: the density is the mean over these, and
-    their spread its standard error. Numbers that are sums over the spectrum come from the same
-    nodes at no further cost, each with its standard error: `mean`, `second_moment`,
-    `frobenius_norm`, `stable_rank`, `effective_dimension`, `negative_mass`, `log_determinant`,
-    and with `sum` any other.
+    Every random vector has its own Gauss rule. The density is the mean over these rules, and its
+    standard error comes from their spread. Sums over the spectrum are computed from the same nodes
+    at no further cost, each with its standard error: `mean`, `second_moment`, `frobenius_norm`,
+    `stable_rank`, `effective_dimension`, `negative_mass`, `log_determinant`, and any other with
+    `sum`.
 
     Attributes:
         size: n.
-        nodes: (probes, steps) Ritz values in float64 on the host, ascending; a chain that ended
-            early is filled up with its last node at weight 0.
-        weights: (probes, steps) of the nodes; each row sums to 1.
-        complete: (probes,) whether the chain came to an invariant space, so that its rule is the
-            vector's own spectral measure and not only a quadrature of it.
-        eigenvalues: (m,) those taken out first, exact to their residuals, descending. The nodes
-            stand for the other n − m.
-        sigma: standard deviation of the Gaussian that each node is drawn as, in units of the
-            eigenvalues, or in decades with `scale="log"`.
-        scale: "linear", or "log" for a density per decade of |λ|, both signs apart.
-        resolution: what rounding, or the error of the products, hides: eigenvalues closer to
+        nodes: (probes, steps) Ritz values in float64 on the host, ascending; rows of chains that
+            ended early are padded with their last node at weight 0.
+        weights: (probes, steps) weights of the nodes; each row sums to 1.
+        complete: (probes,) whether the chain reached an invariant space. Its rule is then the
+            spectral measure of the random vector itself, not just a quadrature of it.
+        eigenvalues: (m,) outliers taken out first, exact up to their residuals, descending. The
+            nodes stand for the other n − m.
+        sigma: standard deviation of the Gaussian drawn for each node, in units of the eigenvalues,
+            or in decades with `scale="log"`.
+        scale: "linear", or "log" for a density per decade of |λ|, separately for each sign.
+        resolution: the effect of rounding, or of the error of the products: eigenvalues closer to
             zero than this have no sign.
-        products: with the operator, those for the outliers among them.
+        products: number of products with the operator, including those for the outliers.
         outcome: completed.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -86,39 +86,40 @@ class SpectralDensity(Result):
 
     @property
     def steps(self) -> int:
-        """Lanczos steps from each, after which at the latest the chains ended."""
+        """Number of Lanczos steps in the longest chain."""
         return self.nodes.shape[1]
 
     @property
     def smallest(self) -> float:
-        """The smallest Ritz value; the smallest eigenvalue is at most that."""
+        """The smallest Ritz value, an upper bound of the smallest eigenvalue."""
         return float(self._values().min())
 
     @property
     def largest(self) -> float:
-        """The largest Ritz value; the largest eigenvalue is at least that."""
+        """The largest Ritz value, a lower bound of the largest eigenvalue."""
         return float(self._values().max())
 
     # ------------------------------------------------------------------------------ density
 
     def density(self, points: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return φ at the points, and its standard error from probe to probe.
+        """Return the density φ at the points, and its standard error over the probes.
 
-        φ(t) = (1/n) Σᵢ N(t; μᵢ, σ²) + (1 − m/n) Σⱼ wⱼ N(t; λⱼ, σ²), the mean over the probes;
-        μ are the eigenvalues taken out, λ and w nodes and weights. With `scale="log"` the same
-        over log₁₀ |t|, for the sign of t alone: a density per decade.
+        φ(t) = (1/n) Σᵢ N(t; μᵢ, σ²) + (1 − m/n) Σⱼ wⱼ N(t; λⱼ, σ²), averaged over the probes,
+        where μ are the eigenvalues taken out, and λ and w the nodes and weights. With
+        `scale="log"` the formula holds over log₁₀ |t|, with the eigenvalues that have the sign
+        of t: a density per decade.
 
         Args:
-            points: t, any number of them in any order, none of them zero with `scale="log"`.
+            points: t, any number of points in any order; not zero with `scale="log"`.
 
         Returns:
             Two tensors of the shape of `points`, in float64 on the host. On a linear scale φ
-            integrates to 1. On a logarithmic one the integrals over both signs and
+            integrates to 1. On a logarithmic scale the integrals over both signs and
             [`unplaced_mass`][flatminima.SpectralDensity.unplaced_mass] add up to 1.
 
         Raises:
             ArgumentTypeError: `points` are not numbers.
-            InvalidArgumentError: NaN or infinity, or zero with `scale="log"`.
+            InvalidArgumentError: a point is NaN or infinite, or zero with `scale="log"`.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -140,15 +141,15 @@ class SpectralDensity(Result):
             raise InvalidArgumentError(f"The 'points' argument of {call} holds NaN or infinity.")
         if self.scale == "log" and bool((wanted == 0).any()):
             raise InvalidArgumentError(
-                f"The 'points' argument of {call} holds zero, which has no place on a logarithmic "
-                "scale."
+                f"The 'points' argument of {call} contains zero, which has no place on a "
+                "logarithmic scale."
             )
         parts = torch.split(wanted.reshape(-1), CHUNK)
         values, spreads = zip(*(self._density(part) for part in parts), strict=True)
         return torch.cat(values).reshape(wanted.shape), torch.cat(spreads).reshape(wanted.shape)
 
     def _density(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        nodes, sides = place_on_axis(self.nodes, self.scale, self._seen())
+        nodes, sides = place_on_axis(self.nodes, self.scale, self._is_seen())
         places, signs = place_on_axis(points, self.scale, points != 0)
         atoms, ends = place_on_axis(
             self.eigenvalues, self.scale, self.eigenvalues.abs() > self.resolution
@@ -161,14 +162,14 @@ class SpectralDensity(Result):
         return mean_and_spread(rows)
 
     def rescaled(self, *, scale: Scale = "linear", sigma: float | None = None) -> SpectralDensity:
-        """Return the same nodes drawn on another scale, or more or less blurred.
+        """Return the same nodes on another scale, or with another width.
 
         Args:
             scale: as in `spectral_density`.
-            sigma: as there. Default: chosen from the data.
+            sigma: as in `spectral_density`. Default: chosen from the data.
 
         Raises:
-            InvalidArgumentError: an unknown scale, or `sigma` not positive.
+            InvalidArgumentError: `scale` is unknown, or `sigma` is not positive.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -184,11 +185,11 @@ class SpectralDensity(Result):
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Return tr f(A) = Σ f(λᵢ) over all n eigenvalues.
 
-        Exact for polynomials of degree below 2 `steps`, but for the chance of the probes, which
-        the standard error tells. Other functions are seen through such a polynomial.
+        For polynomials of degree below 2 `steps` the only error is that of the random vectors,
+        given by the standard error. Other functions are approximated by such a polynomial.
 
         Args:
-            function: f, of a tensor in float64, element by element.
+            function: f, applied element by element to a tensor in float64.
 
         Examples:
             >>> import torch, flatminima as fm
@@ -202,29 +203,29 @@ class SpectralDensity(Result):
     def mean(self) -> Estimate:
         """Return the mean eigenvalue, tr A / n.
 
-        Like the trace, it says how much random noise on all parameters raises the loss.
+        Like the trace, it shows how much random noise on all parameters raises the loss.
         """
-        return _over(self.sum(lambda values: values), self.size)
+        return _divide(self.sum(lambda values: values), self.size)
 
     def second_moment(self) -> Estimate:
         """Return the mean of the squared eigenvalues, ‖A‖_F² / n."""
-        return _over(self.sum(torch.square), self.size)
+        return _divide(self.sum(torch.square), self.size)
 
     def frobenius_norm(self) -> Estimate:
-        """Return ‖A‖_F = √Σ λᵢ², the size of all curvature together, signs aside.
+        """Return ‖A‖_F = √Σ λᵢ², the size of all curvature together, regardless of sign.
 
-        Of two Hessians it measures the distance when it is taken of their difference; by itself
-        it bounds every eigenvalue. Its standard error is that of the square, to first order.
+        It bounds every eigenvalue. For the difference of two Hessians, it is their distance. The
+        standard error follows from that of the square, to first order.
         """
         square = self.sum(torch.square)
         norm = math.sqrt(max(square.value, 0.0))
         return Estimate(norm, square.standard_error / (2 * norm) if norm > 0 else 0.0)
 
     def stable_rank(self) -> Estimate:
-        """Return ‖A‖_F² / ‖A‖₂²: how many directions carry the curvature, counted by their share.
+        """Return ‖A‖_F² / ‖A‖₂²: how many directions carry the curvature, weighted by their share.
 
-        It is at most the rank, and unlike that does not count directions that are as good as
-        flat. ‖A‖₂ is the largest |Ritz value|, which a few steps find. It is 0 for A = 0.
+        It is at most the rank, but does not count nearly flat directions. For ‖A‖₂ it takes the
+        largest |Ritz value|, which a few steps find. It is 0 for A = 0.
         """
         top = max(abs(self.smallest), abs(self.largest))
         if top <= 0:
@@ -234,20 +235,20 @@ class SpectralDensity(Result):
     def effective_dimension(self, tau: float) -> Estimate:
         """Return Σ λᵢ / (λᵢ + τ): how many parameters the data determine.
 
-        MacKay's number of well-determined parameters γ (1992,
+        This is MacKay's number of well-determined parameters γ (1992,
         [doi:10.1162/neco.1992.4.3.448](https://doi.org/10.1162/neco.1992.4.3.448)); Maddox et al.
-        2020 ([arXiv:2003.02139](https://arxiv.org/abs/2003.02139)) relate it to
-        generalisation. A direction of curvature far above τ counts as one, one far below not at
-        all. For the posterior, A is the Hessian of the summed loss (N times that of the mean) and
-        τ the precision of the prior; with the Hessian of the mean loss take τ / N.
+        2020 ([arXiv:2003.02139](https://arxiv.org/abs/2003.02139)) relate it to generalisation.
+        A direction whose curvature is far above τ counts as one, a direction far below τ as zero.
+        For the posterior, A is the Hessian of the summed loss (N times that of the mean) and τ
+        the precision of the prior; with the Hessian of the mean loss, use τ / N.
 
         Args:
-            tau: τ > 0, beyond the size of the most negative eigenvalue. For an indefinite
-                Hessian take the Gauss–Newton matrix in its place.
+            tau: τ > 0, larger than the size of the most negative eigenvalue. Instead of an
+                indefinite Hessian, use the Gauss–Newton matrix.
 
         Raises:
             InvalidArgumentError: `tau` is not positive.
-            NotPositiveDefiniteError: A + τ I is indefinite, or is singular to rounding.
+            NotPositiveDefiniteError: A + τ I is indefinite, or singular up to rounding.
         """
         call = "SpectralDensity.effective_dimension"
         tau = check_positive(call, "tau", tau)
@@ -255,19 +256,19 @@ class SpectralDensity(Result):
         return self.sum(lambda values: values / (values + tau))
 
     def negative_mass(self, threshold: float | None = None) -> Estimate:
-        """Return the share of eigenvalues below −threshold: how far from a minimum this is.
+        """Return the share of eigenvalues below −threshold: how far this is from a minimum.
 
-        It is the index of a critical point, divided by n (Dauphin et al. 2014,
-        [arXiv:1406.2572](https://arxiv.org/abs/1406.2572)), and falls while a net is trained
-        (Ghorbani et al. 2019). A step is the hardest function for a quadrature: of a chain that
-        has not come to its end, the weights of the nodes on both sides of the step say within
-        which bounds its share lies (the inequalities of Chebyshev, Markov and Stieltjes). The
-        value is interpolated between them, and the standard error includes the width of the
-        bounds, as that of a uniform distribution. It is wide where a bulk sits at zero, until
-        there are enough steps.
+        It is the index of a critical point divided by n (Dauphin et al. 2014,
+        [arXiv:1406.2572](https://arxiv.org/abs/1406.2572)), and falls during training (Ghorbani
+        et al. 2019). A step is the hardest function for a quadrature: for an incomplete chain, the
+        weights of the nodes on both sides of the step give bounds on the share (the inequalities
+        of Chebyshev, Markov and Stieltjes). The value is interpolated between the bounds, and the
+        standard error includes their width, as that of a uniform distribution. If many eigenvalues
+        lie near zero, the bounds are wide until there are enough steps.
 
         Args:
-            threshold: default: the resolution; what is closer to zero has no sign.
+            threshold: the distance from zero. Default: the resolution, since eigenvalues closer
+                to zero have no sign.
 
         Raises:
             InvalidArgumentError: `threshold` is negative.
@@ -288,17 +289,17 @@ class SpectralDensity(Result):
         return Estimate(found.value, math.hypot(found.standard_error, slack))
 
     def log_determinant(self, shift: float) -> Estimate:
-        """Return log det(A + τ I), for as many shifts τ as one likes.
+        """Return log det(A + τ I), for any shift τ.
 
-        [`log_determinant`][flatminima.log_determinant] also estimates the error of the quadrature
-        itself.
+        The function [`log_determinant`][flatminima.log_determinant] also estimates the error of
+        the quadrature.
 
         Args:
             shift: τ.
 
         Raises:
             InvalidArgumentError: `shift` is not finite.
-            NotPositiveDefiniteError: A + τ I is indefinite, or is singular to rounding.
+            NotPositiveDefiniteError: A + τ I is indefinite, or singular up to rounding.
         """
         call = "SpectralDensity.log_determinant"
         shift = check_number(call, "shift", shift)
@@ -306,17 +307,17 @@ class SpectralDensity(Result):
         return self.sum(lambda values: (values + shift).log())
 
     def unplaced_mass(self) -> Estimate:
-        """Return the share of eigenvalues that a logarithmic scale has no place for.
+        """Return the share of eigenvalues without a place on a logarithmic scale.
 
-        They are within `resolution` of zero, or belong to nodes next to zero whose weight stands
-        for eigenvalues of unknown magnitude: more steps place more of them.
+        They lie within `resolution` of zero, or belong to nodes next to zero whose weight stands
+        for eigenvalues of unknown magnitude. More steps place more of them.
         """
-        hidden = torch.where(self._seen(), 0.0, self.weights).sum(dim=1)
+        hidden = torch.where(self._is_seen(), 0.0, self.weights).sum(dim=1)
         atoms = float((self.eigenvalues.abs() <= self.resolution).sum())
         rest = (self.size - len(self.eigenvalues)) * hidden
         return mean_and_error((atoms + rest) / self.size)
 
-    def _seen(self) -> Tensor:
+    def _is_seen(self) -> Tensor:
         return is_resolved(self.nodes, self.weights, self.complete, self.resolution)
 
     def _samples(self, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -357,12 +358,12 @@ class SpectralDensity(Result):
 def put_on_scale(
     call: str, density: SpectralDensity, scale: str, sigma: float | None
 ) -> SpectralDensity:
-    """Return the same nodes, drawn on this scale; `call` is named in errors."""
+    """Return the density with this scale and width; `call` is named in errors."""
     check_choice(call, "scale", scale, ("linear", "log"))
     if sigma is not None:
         chosen = check_positive(call, "sigma", sigma)
     else:
-        nodes, weights, seen = density.nodes, density.weights, density._seen()
+        nodes, weights, seen = density.nodes, density.weights, density._is_seen()
         if density.steps == 0:
             nodes = density.eigenvalues.unsqueeze(0).flip(1)
             weights = torch.ones_like(nodes) / density.size
@@ -371,5 +372,5 @@ def put_on_scale(
     return dataclasses.replace(density, scale=scale, sigma=chosen)
 
 
-def _over(total: Estimate, size: int) -> Estimate:
+def _divide(total: Estimate, size: int) -> Estimate:
     return Estimate(total.value / size, total.standard_error / size)

@@ -1,4 +1,4 @@
-"""The diagonal of an operator, entry by entry."""
+"""Estimates of the diagonal of an operator, entry by entry."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ...operators.linear import LinearOperator, check_operator
 from ...results import Outcome, Result, Table, format_number, reading_notes
 from ...support.checks import check_choice, check_integer
 from ...support.progress import progress_bar
-from ...support.randomness import Seed, as_generator, rademacher
+from ...support.randomness import Seed, as_generator, draw_signs
 from .leave_one_out import xdiag
-from .probes import blocks, diagonal_by_unit_vectors, t_factor
+from .probes import compute_diagonal, split_rows, t_factor
 from .result import SHOWN
 from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
 from .stopping import (
@@ -25,9 +25,9 @@ from .stopping import (
     LIMIT,
     PRODUCTS,
     check_rtol,
+    choose_outcome,
     conclude,
     is_precise,
-    outcome_of,
     schedule_looks,
 )
 
@@ -35,7 +35,7 @@ __all__ = ["DiagonalResult", "diagonal"]
 
 METHODS = ("auto", "hutchinson", "xdiag", "exact")
 EXACT_LIMIT = 10_000
-"""Products that `method="exact"` takes by default."""
+"""Default limit of products for `method="exact"`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -43,17 +43,17 @@ class DiagonalResult(Result):
     """An estimate of a diagonal.
 
     Attributes:
-        values: A_ii, shape (n,), of the operator's type and on its device.
-        standard_error: of each entry, shape (n,), widened by Student's t like that of a trace;
-            zeros where the values are exact up to rounding.
-        products: with the operator, all of them.
-        outcome: completed, exact, or how the search for `rtol` ended.
+        values: A_ii, shape (n,), in the dtype and on the device of the operator.
+        standard_error: standard error of each entry, shape (n,), widened by Student's t as for a
+            trace; zeros if the values are exact up to rounding.
+        products: total number of products with the operator.
+        outcome: completed, exact, or whether `rtol` was reached.
         method: "hutchinson", "xdiag" or "exact".
-        names: of the parameter tensors that the entries belong to, one after the other; empty for
-            an operator that knows of no parameters.
-        shapes: of these tensors.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        names: names of the parameter tensors to which the entries belong, in order; empty if the
+            operator does not belong to a model.
+        shapes: shapes of these tensors.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -77,12 +77,15 @@ class DiagonalResult(Result):
 
     @property
     def relative_error(self) -> float:
-        """‖standard errors‖₂ / ‖values‖₂: the expected relative error of the whole; 0 for zeros."""
+        """‖standard errors‖₂ / ‖values‖₂, the expected relative error of all entries together.
+
+        It is 0 if all standard errors are zero.
+        """
         error, size = _norm(self.standard_error), _norm(self.values)
         return error / size if error else 0.0
 
     def named(self) -> dict[str, Tensor]:
-        """The entries of each parameter tensor, as views of its shape; {} where there are none."""
+        """Return the entries of each parameter tensor as views of its shape; {} without a model."""
         return {
             name: self.values[place].view(shape)
             for (name, place), shape in zip(self._places().items(), self.shapes, strict=True)
@@ -130,7 +133,7 @@ def _norm(vector: Tensor) -> float:
 
 @dataclasses.dataclass
 class _Estimate:
-    """The values, their standard errors, and the number of samples behind these."""
+    """Values, their standard errors, and the number of samples these are based on."""
 
     method: str
     values: Tensor
@@ -148,42 +151,44 @@ def diagonal(
     seed: Seed = 0,
     progress: bool = True,
 ) -> DiagonalResult:
-    """Return the diagonal from products with random vectors, each entry with its standard error.
+    """Estimate the diagonal from products with random vectors, with the error of each entry.
 
     - "hutchinson": the mean of z ∘ A z over Rademacher vectors z (Bekas, Kokiopoulou and Saad
       2007, doi:10.1016/j.apnum.2007.01.003). The variance of entry i is Σ_{j≠i} A_ij² / products.
-      It keeps two vectors.
+      It stores two vectors.
     - "xdiag" (Epperly, Tropp and Webber 2024, arXiv:2301.07825, section 2.4): half of the products
-      for a basis of where A is large, half for its images; each random vector in turn is left out
-      of the basis and tests the rest. It keeps 3/2 `products` vectors of length n.
-    - "exact": as the operator knows it; of Gauss–Newton and Fisher matrices with at most 64 outputs
-      for each example by the Jacobians of the examples; else by n products with unit vectors.
-    - "auto": exact where the operator knows its diagonal, or n is no more than `products`;
-      otherwise "xdiag" where its vectors fit into 1 GiB, and "hutchinson" where they do not.
+      make a basis of the directions where A is large, the other half its images. Each random
+      vector in turn is left out of the basis and tests the rest. It stores 3/2 `products` vectors
+      of length n.
+    - "exact": the diagonal that the operator knows. Gauss–Newton and Fisher matrices with at most
+      64 outputs for each example compute it from the Jacobians of the examples; other operators
+      need n products with unit vectors.
+    - "auto": "exact" if the operator knows its diagonal or n is at most `products`; otherwise
+      "xdiag" if its vectors fit into 1 GiB, else "hutchinson".
 
     Args:
-        operator: symmetric. "xdiag" needs float32 or float64.
+        operator: a symmetric operator. "xdiag" needs float32 or float64.
         method: see above.
-        products: number of products in all, at least 2, and 4 for "xdiag"; with `rtol` their limit,
-            for "exact" the limit on n. Default: 100, with `rtol` 1000, for "exact" 10 000.
-        rtol: the standard error that is wanted, ‖errors‖ / ‖values‖ in the Euclidean norm;
-            looked at by the rule of [`trace`][flatminima.trace].
-        strict: raise instead of warn when the limit comes before `rtol` is reached.
-        seed: of the random vectors.
+        products: total number of products, at least 2, or 4 for "xdiag"; with `rtol` their limit,
+            with "exact" the limit on n. Default: 100, with `rtol` 1000, with "exact" 10 000.
+        rtol: the relative standard error to reach, ‖errors‖ / ‖values‖ in the Euclidean norm,
+            tested by the rule of [`trace`][flatminima.trace].
+        strict: raise instead of warn if the limit is reached before `rtol`.
+        seed: seed of the random vectors.
         progress: show a bar if it takes long.
 
     Returns:
         The entries and their standard errors, as vectors and by parameter tensor.
 
     Raises:
-        InvalidArgumentError: an unknown method, too few products, `rtol` outside (0, 1),
-            "xdiag" in half precision, or "exact" with more products than allowed.
+        InvalidArgumentError: the method is unknown, there are too few products, `rtol` is outside
+            (0, 1), "xdiag" is used in half precision, or "exact" needs more products than allowed.
         NonFiniteError: a product holds NaN or infinity.
-        DeviceMemoryError: the vectors that "xdiag" keeps do not fit.
+        DeviceMemoryError: the vectors of "xdiag" do not fit into memory.
         ConvergenceError: with `strict`, when the limit is reached.
 
     Warns:
-        ConvergenceWarning: the limit came before the error was within `rtol`.
+        ConvergenceWarning: the limit was reached before the error was within `rtol`.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -212,7 +217,7 @@ def diagonal(
             if n > limit:
                 raise InvalidArgumentError(
                     f"The 'method' argument of diagonal is 'exact', which takes {n} products with "
-                    f"this operator, more than {limit}. Give products={n} if that is meant, or use "
+                    f"this operator, more than {limit}. Pass products={n} to allow them, or use "
                     "method='xdiag' or 'hutchinson'."
                 )
             limit = n
@@ -236,7 +241,7 @@ def diagonal(
                 if done:
                     break
                 bar.set_postfix_str(f"error {error:.1e} of {size:.1e}", refresh=False)
-    outcome = outcome_of(exact=estimate.method == "exact", done=done, rtol=rtol)
+    outcome = choose_outcome(exact=estimate.method == "exact", done=done, rtol=rtol)
     layout = operator.layout
     result = DiagonalResult(
         values=estimate.values,
@@ -249,7 +254,7 @@ def diagonal(
         readings=operator.readings - before,
         notes=operator.notes,
     )
-    said = f"the diagonal has the norm {size:.4g}, and its error is estimated at {error:.2g}"
+    said = f"the norm of the diagonal is {size:.4g}, with an estimated error of {error:.2g}"
     return conclude(call, result, said, rtol, spent=result.products, strict=strict)
 
 
@@ -261,10 +266,10 @@ def _estimates(
     generator: torch.Generator,
     step: Callable[[int], object],
 ) -> Iterator[_Estimate]:
-    """Yield an estimate for each look at the error, each from all products so far."""
+    """Yield an estimate each time the error is tested, from all products so far."""
     n = operator.shape[0]
     if method == "exact":
-        yield _exact(diagonal_by_unit_vectors(operator, step))
+        yield _exact(compute_diagonal(operator, step))
         return
     if method == "auto":
         fits = SKETCH_BYTES // (n * operator.dtype.itemsize) // 3
@@ -279,7 +284,7 @@ def _estimates(
     elif method == "xdiag":
         yield from _xdiag(operator, counts, generator, step)
     if whole:
-        yield _exact(diagonal_by_unit_vectors(operator, step))
+        yield _exact(compute_diagonal(operator, step))
 
 
 def _exact(values: Tensor) -> _Estimate:
@@ -292,17 +297,17 @@ def _hutchinson(
     generator: torch.Generator,
     step: Callable[[int], object],
 ) -> Iterator[_Estimate]:
-    """Yield the mean of z ∘ A z over Rademacher vectors z, and the spread of its entries."""
+    """Yield means of z ∘ A z over Rademacher vectors z, with the standard error of each entry."""
     n, dtype, device = operator.shape[0], operator.dtype, operator.device
     mean = torch.zeros(n, dtype=dtype, device=device)
     squares = torch.zeros_like(mean)
     taken = 0
     for count in counts:
-        for block in blocks(operator, count - taken):
+        for block in split_rows(operator, count - taken):
             rows = block.stop - block.start
-            signs = rademacher(rows, n, generator, dtype=dtype, device=device)
+            signs = draw_signs(rows, n, generator, dtype=dtype, device=device)
             terms = signs.mul_(operator._products(signs))
-            # The deviations of a block from its own mean lose no digits (Chan et al. 1983).
+            # Deviations from the mean of the block lose no digits (Chan et al. 1983).
             own = terms.mean(dim=0)
             shift = own - mean
             squares += terms.sub_(own).square_().sum(dim=0)
@@ -321,7 +326,7 @@ def _xdiag(
     generator: torch.Generator,
     step: Callable[[int], object],
 ) -> Iterator[_Estimate]:
-    """Yield half of the products for a sketch, half for its images."""
+    """Yield XDiag's estimates, with half of the products for a sketch and half for its images."""
     sketch = Sketch(operator, generator, signs=True, keep=True, step=step)
     for count in counts:
         sketch.extend(count // 2 - sketch.columns)

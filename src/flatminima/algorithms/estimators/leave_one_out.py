@@ -1,4 +1,4 @@
-"""Estimates that leave one random vector out in turn (Epperly, Tropp and Webber 2024)."""
+"""Estimates that leave out each random vector in turn (Epperly, Tropp and Webber 2024)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from torch import Tensor
 
 from .sketch import STRIP, Sketch
 
-__all__ = ["deflated_blocks", "xdiag", "xtrace", "xtrace_blocks"]
+__all__ = ["trace_known_blocks", "xdiag", "xtrace", "xtrace_blocks"]
 
 
 ENTRIES = 2048
-"""Of a diagonal, from which the correlation of its estimates is taken."""
+"""Number of diagonal entries from which the correlation of the estimates is computed."""
 
 
 def xtrace(sketch: Sketch) -> tuple[Tensor, float]:
-    """XTrace's estimates of the trace, one for each column of Ω, shape (t,), and their excess.
+    """Return XTrace's estimates of the trace and the factor of their standard error.
 
-    With Qᵢ the basis without column ω of Ω, and x = (I − Qᵢ Qᵢᵀ) ω, an estimate is
+    Let Qᵢ be the basis without column ω of Ω, and x = (I − Qᵢ Qᵢᵀ) ω. Estimate i is
 
         tr(Qᵢᵀ A Qᵢ) + xᵀ A x · (n − rank Qᵢ) / ‖x‖²,
 
     where ω is uniform on a sphere, and so is the direction of x (their section 2.3, for A = Aᵀ).
 
-    The estimates share their vectors, so that their spread alone tells too little of the error of
-    their mean. Let eᵢ be the error of estimate i, eᵢ₍ⱼ₎ the same with column j left out of the
-    basis as well, and dᵢⱼ = eᵢ − eᵢ₍ⱼ₎. Over vector i, all others given, both have the mean zero;
-    eᵢ₍ⱼ₎ does not depend on vector j. Of E eᵢ eⱼ therefore only E dᵢⱼ dⱼᵢ is left, and the mean of
-    dᵢⱼ dⱼᵢ over all pairs estimates the covariance without bias. The standard error of the mean is
-    that of independent estimates times the factor that comes back, which is 1 at least.
+    The estimates share their vectors, so their spread alone underestimates the error of their
+    mean. Let eᵢ be the error of estimate i, eᵢ₍ⱼ₎ that with column j also left out of the basis,
+    and dᵢⱼ = eᵢ − eᵢ₍ⱼ₎. Over vector i, given all others, both errors have mean zero, and eᵢ₍ⱼ₎
+    does not depend on vector j. Therefore E eᵢ eⱼ = E dᵢⱼ dⱼᵢ, and the mean of dᵢⱼ dⱼᵢ over all
+    pairs is an unbiased estimate of the covariance.
+
+    Returns:
+        The estimates, one for each column of Ω, shape (t,), and the factor, at least 1, by which
+        the standard error of their mean exceeds that of independent estimates.
     """
-    n, s = sketch.operator.shape[0], sketch.left_out()
+    n, s = sketch.operator.shape[0], sketch.missing_directions()
     h, r, w = sketch.compressed, sketch.factor, sketch.weights
     inside = w - s * _dots(s, w)
     forms = _dots(w, r) - 2 * _dots(inside, r) + _dots(inside, h @ inside)
@@ -40,19 +43,19 @@ def xtrace(sketch: Sketch) -> tuple[Tensor, float]:
     freedom = n - sketch.rank + s.square().sum(dim=0)
     known = torch.trace(h) - _dots(s, h @ s)
     single = known + forms * freedom / lengths
-    # For column i without j, in row j and column i, u is what sⱼ adds to sᵢ, of length one.
-    second = _Second(s)
+    # Row j and column i: estimate i without column j.
+    second = _SecondDirection(s)
     height, form = second.height(w), second.form(h)
     rest = forms + 2 * height * (second.height(r) - second.height(h @ inside)) + height**2 * form
     pair = known - form + rest * (freedom + second.present) / (lengths + height**2)
-    return single, _excess(single, single - pair)
+    return single, _compute_excess(single, single - pair)
 
 
-class _Second:
-    """uⱼᵢ, the direction that a second column j adds to what the basis lacks without i.
+class _SecondDirection:
+    """uⱼᵢ, the unit direction that the basis without column i loses if column j is left out too.
 
     Args:
-        directions: S, as the sketch gives it.
+        directions: S, from `Sketch.missing_directions`.
     """
 
     def __init__(self, directions: Tensor) -> None:
@@ -72,8 +75,8 @@ class _Second:
         return (own[:, None] - 2 * self.overlap * both + self.overlap**2 * own) / self.length**2
 
 
-def _excess(samples: Tensor, differences: Tensor) -> float:
-    """Return √(1 + covariance / variance of the mean), from dᵢⱼ in row j and column i."""
+def _compute_excess(samples: Tensor, differences: Tensor) -> float:
+    """Return √(1 + covariance / variance of the mean), given dᵢⱼ in row j and column i."""
     count = len(samples)
     differences = differences.clone().fill_diagonal_(0)
     covariance = float((differences * differences.T).sum()) / (count * (count - 1))
@@ -82,13 +85,14 @@ def _excess(samples: Tensor, differences: Tensor) -> float:
 
 
 def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
-    """Return the same for the traces of diagonal blocks of these sizes, shape (t, blocks).
+    """Return XTrace's estimates for diagonal blocks of these sizes, shape (t, blocks).
 
-    With P = Qᵢ Qᵢᵀ the diagonal of A is that of P A + A P − P A P, which is known, and that of
-    (I − P) A (I − P), of which x ∘ (I − P) A x is an estimate. The blocks add up to `xtrace`.
+    With P = Qᵢ Qᵢᵀ, the diagonal of A is the sum of two: that of P A + A P − P A P, which is
+    known, and that of (I − P) A (I − P), which x ∘ (I − P) A x estimates. The blocks add up to
+    `xtrace`.
     """
     device, wide = sketch.basis.device, _wide(sketch)
-    s, h, r, w = sketch.left_out(), sketch.compressed, sketch.factor, sketch.weights
+    s, h, r, w = sketch.missing_directions(), sketch.compressed, sketch.factor, sketch.weights
     inside = w - s * _dots(s, w)
     moved = r - h @ inside
     outside = r - (moved - s * _dots(s, moved))
@@ -102,7 +106,7 @@ def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
     directions, pressed, squares = there(s), there(h @ s), _dots(s, h @ s).to(device, wide)
     inner, outer, factor, scales = there(inside), there(outside), there(h), scale.to(device, wide)
     parts = []
-    for strip in _pieces(sketch, sizes):
+    for strip in _split_blocks(sketch, sizes):
         q, z, omega = (_part(rows, strip, wide) for rows in _vectors(sketch))
         missing = directions @ q
         # The diagonal of 2 P A − P A P, with P = Q (I − s sᵀ) Qᵀ.
@@ -110,47 +114,48 @@ def xtrace_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
         lost = missing * (2 * directions @ z - 2 * pressed @ q + squares[:, None] * missing)
         rest = (omega - inner @ q) * (outer @ q - inner @ z)
         parts.append((known.sum() - lost.sum(dim=1)) + scales * rest.sum(dim=1))
-    return _assembled(parts, sketch, sizes)
+    return _assemble(parts, sketch, sizes)
 
 
-def deflated_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
-    """Return the traces of the diagonal blocks of A − (I − Q Qᵀ) A (I − Q Qᵀ), shape (blocks,)."""
+def trace_known_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
+    """Return the block traces of A − (I − Q Qᵀ) A (I − Q Qᵀ), the part known, shape (blocks,)."""
     factor = sketch.compressed.to(sketch.basis.device, _wide(sketch))
     parts = []
-    for strip in _pieces(sketch, sizes):
+    for strip in _split_blocks(sketch, sizes):
         q, z = (rows[:, strip].to(factor.dtype) for rows in (sketch.basis, sketch.images))
         parts.append((q * (2 * z - factor @ q)).sum().unsqueeze(0))
-    return _assembled(parts, sketch, sizes)[0]
+    return _assemble(parts, sketch, sizes)[0]
 
 
 def xdiag(sketch: Sketch) -> tuple[Tensor, Tensor]:
-    """XDiag's estimate of the diagonal, and its standard error but for Student's t, shape (n,).
+    """Return XDiag's estimate of the diagonal and its standard error, each of shape (n,).
 
-    The estimate that leaves out column ω, of signs, is diag(Qᵢ Qᵢᵀ A) + ω ∘ (I − Qᵢ Qᵢᵀ) A ω
-    (their section 2.4), and what lies outside of Qᵢ is one direction, since A ω = Q R. The factor
-    by which the spread is too small is that of `xtrace`, from a sample of the entries.
+    The estimate without column ω, a vector of signs, is diag(Qᵢ Qᵢᵀ A) + ω ∘ (I − Qᵢ Qᵢᵀ) A ω
+    (their section 2.4). Only one direction lies outside of Qᵢ, since A ω = Q R. The standard error
+    contains the factor described in `xtrace`, from a sample of the entries, but not yet that of
+    Student's t.
     """
-    count, wide, s = sketch.columns, _wide(sketch), sketch.left_out()
+    count, wide, s = sketch.columns, _wide(sketch), sketch.missing_directions()
     device, n = sketch.basis.device, sketch.basis.shape[1]
     directions = s.T.contiguous().to(device, wide)
     heights = _dots(s, sketch.factor).to(device, wide)[:, None]
     mean = torch.empty(n, dtype=sketch.basis.dtype, device=device)
     error = torch.empty_like(mean)
-    for strip in _pieces(sketch, (n,)):
+    for strip in _split_blocks(sketch, (n,)):
         q, z, omega = (_part(rows, strip, wide) for rows in _vectors(sketch))
         missing = directions @ q
         samples = missing * (heights * omega - directions @ z)
         mean[strip] = ((q * z).sum(dim=0) + samples.mean(dim=0)).to(mean.dtype)
         error[strip] = (samples.std(dim=0, correction=1) / count**0.5).to(mean.dtype)
-    return mean, error * _xdiag_excess(sketch, s)
+    return mean, error * _compute_xdiag_excess(sketch, s)
 
 
-def _xdiag_excess(sketch: Sketch, s: Tensor) -> float:
-    """By how much the spread of XDiag's estimates is too small, over some of the entries."""
+def _compute_xdiag_excess(sketch: Sketch, s: Tensor) -> float:
+    """Return by which factor the spread of XDiag's estimates is too small, from some entries."""
     count, n = sketch.columns, sketch.basis.shape[1]
     chosen = torch.linspace(0, n - 1, min(n, ENTRIES)).long().to(sketch.basis.device)
     q, z, omega = (rows[:, chosen].cpu().double() for rows in _vectors(sketch))
-    second = _Second(s)
+    second = _SecondDirection(s)
     reached = second.height(sketch.factor)
     heights = _dots(s, sketch.factor)[:, None]
     missing, moved = s.T @ q, s.T @ z
@@ -159,7 +164,7 @@ def _xdiag_excess(sketch: Sketch, s: Tensor) -> float:
         return 1.0
     total = 0.0
     for i in range(count):
-        # Of i without j, for every j > i, and of j without i.
+        # Estimate i without column j, for every j > i, and estimate j without column i.
         later = slice(i + 1, None)
         g, nu = second.overlap[i, later, None], second.length[i, later, None]
         one = (missing[later] - g * missing[i]) / nu
@@ -182,7 +187,7 @@ def _part(rows: Tensor, strip: slice, dtype: torch.dtype) -> Tensor:
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """Return ⟨column, column⟩."""
+    """Return the dot products of the columns of two matrices."""
     return (left * right).sum(dim=0)
 
 
@@ -190,8 +195,8 @@ def _wide(sketch: Sketch) -> torch.dtype:
     return torch.float32 if sketch.basis.device.type == "mps" else torch.float64
 
 
-def _pieces(sketch: Sketch, sizes: tuple[int, ...]) -> list[slice]:
-    """Return the blocks, cut where one is too large to be worked on at once."""
+def _split_blocks(sketch: Sketch, sizes: tuple[int, ...]) -> list[slice]:
+    """Return slices of the blocks, with large blocks split into several."""
     width = max(1, STRIP // max(1, sketch.columns))
     pieces, start = [], 0
     for size in sizes:
@@ -203,8 +208,8 @@ def _pieces(sketch: Sketch, sizes: tuple[int, ...]) -> list[slice]:
     return pieces
 
 
-def _assembled(parts: list[Tensor], sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
-    """Return the sums over the pieces of each block, shape (t, blocks), float64 on the host."""
+def _assemble(parts: list[Tensor], sketch: Sketch, sizes: tuple[int, ...]) -> Tensor:
+    """Add up the slices of each block, shape (t, blocks), in float64 on the host."""
     width = max(1, STRIP // max(1, sketch.columns))
     owners = [block for block, size in enumerate(sizes) for _ in range(-(-size // width))]
     table = torch.stack(parts, dim=1).cpu().double()

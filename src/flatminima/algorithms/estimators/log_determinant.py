@@ -23,16 +23,16 @@ class LogDeterminantResult(Result):
 
     Attributes:
         value: log det(A + τ I), natural logarithm.
-        standard_error: of `value`, from the spread of the random vectors.
-        quadrature_error: an estimate of what more steps would change; 0 where the rules are
-            exact. It is not part of the standard error.
+        standard_error: standard error of `value`, from the spread over the random vectors.
+        quadrature_error: an estimate of how much more steps would change; 0 if the rules are
+            exact. The standard error does not include it.
         shift: τ.
         size: n; `value / size` is the mean logarithm of an eigenvalue.
         smallest: the smallest Ritz value of A.
-        products: with the operator, those for the outliers among them.
+        products: number of products with the operator, including those for the outliers.
         outcome: completed.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -77,36 +77,35 @@ def log_determinant(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LogDeterminantResult:
-    """Return log det(A + τ I), by the quadrature of `spectral_density`.
+    """Estimate log det(A + τ I) by the quadrature of `spectral_density`.
 
-    Log det = tr log(A + τ I) = Σ log(λᵢ + τ), the sum over the eigenvalues taken out and, for
-    the others, n − m times the mean of Σⱼ wⱼ log(λⱼ + τ) over the random vectors (Ubaru, Chen and
-    Saad 2017, [doi:10.1137/16M1104974](https://doi.org/10.1137/16M1104974)). For several shifts
-    take `spectral_density(operator).log_determinant(shift)`, which computes no product.
+    log det(A + τ I) = tr log(A + τ I) = Σ log(λᵢ + τ) is the sum over the outliers, plus n − m
+    times the mean of Σⱼ wⱼ log(λⱼ + τ) over the random vectors for the other eigenvalues (Ubaru,
+    Chen and Saad 2017, [doi:10.1137/16M1104974](https://doi.org/10.1137/16M1104974)). For several
+    shifts, use `spectral_density(operator).log_determinant(shift)`, which needs no more products.
 
-    The random vectors are uniform on the sphere, so that only the spread of the logarithms
-    makes the result uncertain: a multiple of the identity has none. How many steps it takes
-    grows as the square root of (λ₁ + τ)/(λₙ + τ); `quadrature_error` tells whether they
-    suffice.
+    The random vectors are uniform on the sphere, so only the spread of the logarithms makes the
+    result uncertain; for a multiple of the identity it is zero. The number of steps needed grows
+    as the square root of (λ₁ + τ)/(λₙ + τ); `quadrature_error` shows whether there were enough.
 
     Args:
-        operator: symmetric.
+        operator: a symmetric operator.
         shift: τ, larger than the size of the most negative eigenvalue.
-        probes: random vectors, two at least.
-        steps: of Lanczos from each, at most n.
+        probes: number of random vectors, at least two.
+        steps: number of Lanczos steps from each vector, at most n.
         outliers: how many eigenvalues of largest magnitude to take out first, or known pairs, as
-            in `spectral_density`, where `basis_device` is described too.
-        basis_device: where the chains' vectors are kept.
-        seed: of the random vectors.
+            in `spectral_density`.
+        basis_device: where the vectors of the chains are stored, as in `spectral_density`.
+        seed: seed of the random vectors.
         progress: show a bar if it takes long.
 
     Returns:
-        The mean with its standard error, and an estimate of the quadrature's own error.
+        The mean with its standard error, and an estimate of the error of the quadrature.
 
     Raises:
-        NotPositiveDefiniteError: A + τ I is indefinite, or is singular to rounding; it says
-            how negative the smallest eigenvalue is and which shift would do.
-        InvalidArgumentError: `shift` is not finite; fewer than two probes or one step.
+        NotPositiveDefiniteError: A + τ I is indefinite, or singular up to rounding; the message
+            gives the smallest eigenvalue found and a shift that is large enough.
+        InvalidArgumentError: `shift` is not finite, or there are fewer than two probes or no step.
         NonFiniteError: a product holds NaN or infinity.
         NotSymmetricError: the products contradict the symmetry of the operator.
 

@@ -1,4 +1,4 @@
-"""Eigenvalues that are taken out of a spectrum before the rest of it is estimated."""
+"""Outliers, which are taken out of a spectrum before the rest of it is estimated."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..eigen.chain import Floats, eigh
 from ..eigen.lanczos import lanczos
 from ..eigen.result import ROUNDING, EigenResult
 
-__all__ = ["TakenOut", "take_out"]
+__all__ = ["Outliers", "separate_outliers"]
 
 OUTLIER_TOL = 1e-4
-"""Tolerance for outliers that are to be found; what remains of their error is its square."""
+"""Tolerance for outliers that are computed; the error of the eigenvalues is its square."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TakenOut:
-    """An invariant space: orthonormal rows, and the eigenvalues of the operator on it."""
+class Outliers:
+    """An invariant space: orthonormal rows, and the operator's eigenvalues on their span."""
 
     vectors: Tensor
     atoms: Floats
@@ -34,22 +34,22 @@ class TakenOut:
     notes: tuple[str, ...] = ()
 
 
-def take_out(
+def separate_outliers(
     call: str,
     operator: LinearOperator,
     outliers: int | EigenResult,
     generator: torch.Generator,
     progress: bool,
-) -> TakenOut:
-    """Rayleigh–Ritz on the eigenvectors that are given, or found."""
+) -> Outliers:
+    """Return the outliers by Rayleigh–Ritz on eigenvectors, which are given or computed."""
     n, spent = operator.shape[0], 0
-    nothing = TakenOut(torch.empty(0, n, dtype=operator.dtype), np.empty(0), 0)
+    nothing = Outliers(torch.empty(0, n, dtype=operator.dtype), np.empty(0), 0)
     if isinstance(outliers, EigenResult):
         pairs = outliers
     elif isinstance(outliers, (Tensor, np.ndarray, list, tuple, float)):
         raise ArgumentTypeError(
-            f"The 'outliers' argument of {call} must be a number of eigenpairs to be found first, "
-            f"or the EigenResult of lanczos; got {type(outliers).__name__}."
+            f"The 'outliers' argument of {call} must be the number of eigenpairs to compute first, "
+            f"or an EigenResult of lanczos; got {type(outliers).__name__}."
         )
     else:
         count = check_integer(call, "outliers", outliers, low=0, high=n)
@@ -63,32 +63,32 @@ def take_out(
     count = len(vectors)
     if count == 0:
         return dataclasses.replace(nothing, products=spent, notes=notes)
-    basis = Basis(operator, count, n, advice="Take fewer outliers out.")
+    basis = Basis(operator, count, n, advice="Take out fewer outliers.")
     for row, column in enumerate(vectors):
-        # Vectors from a basis in few bits are orthonormal to these only.
-        heights, vector = basis.remainder(row, column)
-        if not float(heights[-1]) > 0.5:
+        # Vectors from a basis in half precision are orthonormal only to that precision.
+        coefficients, vector = basis.orthogonalize(row, column)
+        if not float(coefficients[-1]) > 0.5:
             raise InvalidArgumentError(
                 f"The 'outliers' argument of {call} holds eigenvectors that are not orthonormal."
             )
         basis.put(row, vector / torch.linalg.vector_norm(vector))
     images = operator._products(basis.rows)
-    found = [basis.remainder(count, image)[0] for image in images]
+    found = [basis.orthogonalize(count, image)[0] for image in images]
     numbers = torch.stack(found).cpu().double().numpy()
     if not np.isfinite(numbers).all():
         raise NonFiniteError(f"A product with {operator!r} holds NaN or infinity.")
     small, rests = numbers[:, :-1], numbers[:, -1]
     atoms = eigh((small + small.T) / 2)[0][::-1].copy()
     _check_invariance(call, operator, pairs, atoms, float(np.linalg.norm(rests)))
-    return TakenOut(basis.rows, atoms, spent + count, notes)
+    return Outliers(basis.rows, atoms, spent + count, notes)
 
 
 def _vectors(call: str, operator: LinearOperator, pairs: EigenResult) -> Tensor:
-    """Return the eigenvectors as rows, as the operator takes them."""
+    """Return the eigenvectors as rows, in the dtype and on the device of the operator."""
     if pairs.eigenvectors is None:
         raise InvalidArgumentError(
-            f"The 'outliers' argument of {call} is a result whose eigenvectors were dropped; give "
-            "the result as it was before `without_vectors()`."
+            f"The 'outliers' argument of {call} is a result whose eigenvectors were dropped; pass "
+            "the result from before `without_vectors()`."
         )
     columns = check_vector(
         f"The 'outliers' argument of {call}",
@@ -104,7 +104,7 @@ def _vectors(call: str, operator: LinearOperator, pairs: EigenResult) -> Tensor:
 def _check_invariance(
     call: str, operator: LinearOperator, pairs: EigenResult, atoms: Floats, rest: float
 ) -> None:
-    """Refuse pairs of another operator, such as those of a model that was trained since."""
+    """Raise if the pairs belong to another operator, or the model was trained in the meantime."""
     claimed = float(torch.linalg.vector_norm(pairs.residuals))
     values = np.sort(pairs.eigenvalues.double().cpu().numpy())[::-1]
     scale = max(float(np.abs(atoms).max()), float(np.abs(values).max()))
@@ -116,6 +116,6 @@ def _check_invariance(
     if off > 10 * claimed + noise:
         raise InvalidArgumentError(
             f"The 'outliers' argument of {call} holds pairs that are not those of {operator!r}: "
-            f"they miss by {off:.1e}, and their residuals say {claimed:.1e}. Has the model been "
-            "trained since? Compute them again, or give their number."
+            f"they are off by {off:.1e}, while their residuals are {claimed:.1e}. Was the model "
+            "trained in the meantime? Compute them again, or pass their number."
         )

@@ -1,4 +1,4 @@
-"""Products with random vectors, a block at a time, and the spread of what they give."""
+"""Products with random vectors, a block at a time, and the mean and error of samples."""
 
 from __future__ import annotations
 
@@ -9,47 +9,52 @@ import torch
 from torch import Tensor
 
 from ...operators.linear import LinearOperator
-from ...support.randomness import rademacher
+from ...support.randomness import draw_signs
 
 __all__ = [
     "BLOCK_BYTES",
-    "blocks",
-    "deflated_samples",
-    "diagonal_by_unit_vectors",
+    "compute_diagonal",
     "mean_and_spread",
-    "products_of",
+    "multiply_rows",
+    "sample_traces",
+    "split_rows",
     "t_factor",
 ]
 
 BLOCK_BYTES = 2**28
-"""Of the vectors that are multiplied at a time."""
+"""Size of the vectors that are multiplied at a time."""
 
 
-def blocks(operator: LinearOperator, count: int) -> Iterator[slice]:
-    """Yield slices of `count` vectors that take `BLOCK_BYTES` at most, or are one vector."""
+def split_rows(operator: LinearOperator, count: int) -> Iterator[slice]:
+    """Yield slices of `count` vectors, each of at most `BLOCK_BYTES` or of a single vector."""
     width = max(1, BLOCK_BYTES // (operator.shape[0] * operator.dtype.itemsize))
     for start in range(0, count, width):
         yield slice(start, min(start + width, count))
 
 
-def products_of(operator: LinearOperator, rows: Tensor, step: Callable[[int], object]) -> Tensor:
-    """Return the products with the rows (k, n), block by block; `step` hears of each block.
+def multiply_rows(operator: LinearOperator, rows: Tensor, step: Callable[[int], object]) -> Tensor:
+    """Return the products with the rows (k, n), block by block.
+
+    Args:
+        operator: A.
+        rows: (k, n).
+        step: called with the size of each block.
 
     Raises:
         NonFiniteError: a product holds NaN or infinity.
     """
     out = torch.empty_like(rows)
-    for block in blocks(operator, len(rows)):
+    for block in split_rows(operator, len(rows)):
         out[block] = operator._finite(operator._products(rows[block]))
         step(block.stop - block.start)
     return out
 
 
 def t_factor(samples: int) -> float:
-    """What the standard error of so many samples must be multiplied by to cover as it should.
+    """Return the factor by which to widen the standard error of this many samples.
 
-    Two standard errors cover the truth in 95.4 % of the cases where σ is known. Where it is
-    estimated, Student's t says how much wider the interval must be.
+    If σ is known, two standard errors cover the true value in 95.4 % of the cases. If it is
+    estimated, Student's t gives the factor by which the interval must be wider.
 
     Examples:
         >>> round(t_factor(3), 2), round(t_factor(10), 2), round(t_factor(100), 2)
@@ -61,9 +66,9 @@ def t_factor(samples: int) -> float:
 
 
 def mean_and_spread(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard error of the samples along the first axis, in float64.
+    """Return mean and standard error of the samples along the first axis, in their dtype.
 
-    A single sample is exact. The standard error is widened by `t_factor`.
+    A single sample counts as exact. The standard error is widened by `t_factor`.
     """
     count = len(samples)
     if count == 1:
@@ -72,7 +77,7 @@ def mean_and_spread(samples: Tensor) -> tuple[Tensor, Tensor]:
     return samples.mean(dim=0), deviation * (t_factor(count) / math.sqrt(count))
 
 
-def deflated_samples(
+def sample_traces(
     operator: LinearOperator,
     count: int,
     generator: torch.Generator,
@@ -84,20 +89,20 @@ def deflated_samples(
 
     Args:
         operator: A.
-        count: of samples.
+        count: number of samples.
         generator: draws the vectors.
-        sizes: of the diagonal blocks.
+        sizes: sizes of the diagonal blocks.
         step: called with the number of products taken.
-        project: rows → rows, an orthogonal projection Π; the blocks are then those of Π A Π.
+        project: an orthogonal projection Π of rows; the blocks are then those of Π A Π.
 
     Returns:
         gᵦᵀ (Π A Π g)ᵦ for each sample and block β, shape (count, blocks), float64 on the host.
     """
     n = operator.shape[0]
     forms: list[Tensor] = []
-    for block in blocks(operator, count):
+    for block in split_rows(operator, count):
         rows = block.stop - block.start
-        signs = rademacher(rows, n, generator, dtype=operator.dtype, device=operator.device)
+        signs = draw_signs(rows, n, generator, dtype=operator.dtype, device=operator.device)
         vectors = signs if project is None else project(signs)
         products = operator._products(vectors)
         if len(sizes) == 1:
@@ -108,19 +113,19 @@ def deflated_samples(
                 torch.stack([t.sum(dim=1) for t in torch.split(terms, list(sizes), dim=1)], dim=1)
             )
         step(rows)
-    # One transfer for all; what is not finite is found there.
+    # One transfer for all samples, with the test for NaN and infinity.
     return operator._finite(torch.cat(forms).cpu().double())
 
 
-def diagonal_by_unit_vectors(operator: LinearOperator, step: Callable[[int], object]) -> Tensor:
-    """Return the diagonal, shape (n,), from n products.
+def compute_diagonal(operator: LinearOperator, step: Callable[[int], object]) -> Tensor:
+    """Return the diagonal, shape (n,), from n products with unit vectors.
 
     Raises:
         NonFiniteError: a product holds NaN or infinity.
     """
     n = operator.shape[0]
     out = torch.empty(n, dtype=operator.dtype, device=operator.device)
-    for block in blocks(operator, n):
+    for block in split_rows(operator, n):
         rows = torch.arange(block.stop - block.start, device=operator.device)
         units = torch.zeros(len(rows), n, dtype=operator.dtype, device=operator.device)
         units[rows, rows + block.start] = 1

@@ -1,4 +1,4 @@
-"""Sums of a function over the spectrum of an operator, by Gauss rules of random vectors."""
+"""Sums of a function over the spectrum of an operator, by the Gauss rules of random vectors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Tridiagonal:
-    """What one chain of Lanczos vectors makes of the operator.
+    """The tridiagonal matrix T of one Lanczos chain.
 
     Attributes:
-        diagonal: of T.
-        below: the entries next to it, one fewer.
-        complete: whether the chain came to an invariant space, so that its rule is exact.
+        diagonal: the diagonal of T.
+        below: the entries below the diagonal, one fewer.
+        complete: whether the chain reached an invariant space, which makes its rule exact.
     """
 
     diagonal: Floats
@@ -42,7 +42,7 @@ class Tridiagonal:
     complete: bool
 
     def rule(self, steps: int | None = None) -> tuple[Floats, Floats]:
-        """Nodes, ascending, and weights of the Gauss rule after so many steps, or all of them."""
+        """Return nodes, ascending, and weights of the Gauss rule after some or all steps."""
         count = len(self.diagonal) if steps is None else min(steps, len(self.diagonal))
         below = self.below[: count - 1]
         values, vectors = eigh(
@@ -53,17 +53,17 @@ class Tridiagonal:
 
 @dataclasses.dataclass(frozen=True)
 class Quadrature:
-    """Gauss rules of several random vectors: f ↦ tr f(A), for as many f as one likes.
+    """The Gauss rules of several random vectors, which give tr f(A) for any f.
 
     Attributes:
         size: n.
         atoms: (m,) eigenvalues that were taken out, in float64 on the host.
-        chains: one for each random vector; none where all eigenvalues were taken out.
+        chains: one for each random vector; () if all eigenvalues were taken out.
         probes: number of random vectors.
         resolution: eigenvalues closer together than this count as one.
-        products: with the operator.
-        readings: of the data.
-        notes: what a reader should know about how it was computed.
+        products: number of products with the operator.
+        readings: how many times the data were read again.
+        notes: remarks on the computation.
     """
 
     size: int
@@ -78,15 +78,15 @@ class Quadrature:
     def rules(self, steps: int | None = None) -> tuple[Tensor, Tensor]:
         """Return nodes and weights, each (probes, steps), in float64 on the host.
 
-        Rules that are shorter than others are filled up with their last node at weight 0.
+        Shorter rules are padded with their last node at weight 0.
         """
-        return self._whole if steps is None else self._filled(steps)
+        return self._all_rules if steps is None else self._fill(steps)
 
     @functools.cached_property
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        return self._filled(None)
+    def _all_rules(self) -> tuple[Tensor, Tensor]:
+        return self._fill(None)
 
-    def _filled(self, steps: int | None) -> tuple[Tensor, Tensor]:
+    def _fill(self, steps: int | None) -> tuple[Tensor, Tensor]:
         rules = [chain.rule(steps) for chain in self.chains]
         longest = max((len(values) for values, _ in rules), default=0)
         nodes, weights = np.zeros((2, self.probes, longest))
@@ -97,28 +97,28 @@ class Quadrature:
 
     @property
     def smallest(self) -> float:
-        """The smallest Ritz value; the smallest eigenvalue is at most that."""
+        """The smallest Ritz value, an upper bound of the smallest eigenvalue."""
         return float(torch.cat([self.rules()[0].flatten(), self.atoms]).min())
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Return tr f(A) = Σ f(λᵢ) over all n eigenvalues, with its standard error.
 
         Args:
-            function: f, of a tensor in float64, element by element.
+            function: f, applied element by element to a tensor in float64.
         """
         return mean_and_error(self.samples(function))
 
     def samples(self, function: Callable[[Tensor], Tensor], steps: int | None = None) -> Tensor:
-        """Return what each random vector says of tr f(A), shape (probes,)."""
+        """Return the estimate of tr f(A) from each random vector, shape (probes,)."""
         return spectral_samples(*self.rules(steps), self.atoms, self.size, function)
 
     def truncation(self, function: Callable[[Tensor], Tensor]) -> float:
-        """Return how far `sum` may be off because the chains are no longer than they are.
+        """Estimate the error of `sum` due to the limited length of the chains.
 
-        From what the last third of the steps still changed, d, and the rate ρ at which such
-        changes become smaller from third to third: d √ρ / (1 − √ρ). Were the next ones to fall
-        at that rate, d ρ / (1 − ρ) would be left; with its root it is rarely too little. It is
-        infinite where fewer than three steps say nothing of a rate.
+        Let d be the change made by the last third of the steps, and ρ the rate at which such
+        changes shrink from third to third. If further changes shrank at that rate, d ρ / (1 − ρ)
+        would be left. The estimate is d √ρ / (1 − √ρ), which is rarely too small. With fewer than
+        three steps no rate is known, and it is infinite.
         """
         steps = max((len(chain.diagonal) for chain in self.chains), default=0)
         complete = torch.tensor([chain.complete for chain in self.chains], dtype=torch.bool)
@@ -128,7 +128,7 @@ class Quadrature:
             self.samples(function, count)
             for count in (max(1, steps // 3), max(2, 2 * steps // 3), steps)
         )
-        # A rule that is exact will not change any more, whatever it did before.
+        # An exact rule will not change any more, whatever its changes before.
         before = abs(float(torch.where(complete, 0.0, second - first).mean()))
         after = abs(float(torch.where(complete, 0.0, last - second).mean()))
         if after <= 1e-12 * float(last.abs().mean()):
@@ -138,13 +138,13 @@ class Quadrature:
 
 
 def truncation_notes(truncation: float, error: float) -> tuple[str, ...]:
-    """Return what to say where the quadrature's own error exceeds the standard error."""
+    """Return a note if the error of the quadrature exceeds the standard error, else ()."""
     if truncation <= error:
         return ()
     size = f"{truncation:.1e}" if math.isfinite(truncation) else "an unknown amount"
     return (
-        f"The quadrature may be off by {size}, more than the standard error: raise steps, or "
-        "take outliers out.",
+        f"The quadrature may be off by {size}, more than the standard error: increase steps, or "
+        "take out outliers.",
     )
 
 
@@ -155,13 +155,13 @@ def spectral_samples(
     size: int,
     function: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return what each row of nodes says of tr f(A), shape (probes,)."""
+    """Return the estimate of tr f(A) from each row of nodes, shape (probes,)."""
     rest = (weights * function(nodes)).sum(dim=1)
     return function(atoms).sum() + (size - len(atoms)) * rest
 
 
 def mean_and_error(samples: Tensor) -> Estimate:
-    """Return mean of the samples, (probes,), and its standard error, widened by Student's t."""
+    """Return the mean of samples (probes,) and its standard error, widened by Student's t."""
     mean, error = mean_and_spread(samples)
     return Estimate(float(mean), float(error))
 
@@ -169,11 +169,11 @@ def mean_and_error(samples: Tensor) -> Estimate:
 def share_below(
     nodes: Tensor, weights: Tensor, complete: Sequence[bool], threshold: float
 ) -> tuple[Tensor, float]:
-    """Return the share of each row's measure below the threshold, and the mean width of its bounds.
+    """Return the share of each row below the threshold, and the mean width of its bounds.
 
     With nodes in ascending order and k of them below the threshold, the share lies between the
-    sum of the first k − 1 weights and that of k + 1 (Chebyshev, Markov, Stieltjes); it is
-    interpolated as if half of each weight lay on either side of its node.
+    sum of the first k − 1 weights and the sum of the first k + 1 (Chebyshev, Markov, Stieltjes).
+    It is interpolated as if half of each weight lay on either side of its node.
     """
     probes, count = nodes.shape
     sharp = torch.where(nodes < threshold, weights, 0.0).sum(dim=1)
@@ -188,7 +188,7 @@ def share_below(
         (rows.gather(1, upper - 1), rows.gather(1, upper)) for rows in (places, heights)
     )
     part = ((threshold - x0) / (x1 - x0).clamp(min=1e-300)).clamp(0, 1)
-    # Beyond the outermost nodes, where there is nothing to interpolate, all is on one side.
+    # Beyond the outermost nodes there is nothing to interpolate.
     inside = (upper > 1) & (upper <= count)
     between = torch.where(inside, y0 + part * (y1 - y0), sharp.unsqueeze(1))
     widths = torch.where(inside, 2 * (y1 - y0), 0.0)
@@ -198,27 +198,28 @@ def share_below(
 
 
 def check_positive_definite(call: str, smallest: float, shift: float, resolution: float) -> None:
-    """Refuse a shift τ for which A + τ I is indefinite, or is singular to rounding.
+    """Raise if A + τ I is indefinite, or singular up to rounding, for a shift τ.
 
     Raises:
-        NotPositiveDefiniteError: saying how negative, and which shift would do.
+        NotPositiveDefiniteError: gives the smallest eigenvalue found and a shift that suffices.
     """
     if smallest + shift > resolution:
         return
     least = max(2 * resolution, 1e-3 * abs(smallest)) - smallest
-    # Rounded up, so that what is printed would do.
+    # Rounded up, so that the number printed suffices.
     digit = 10.0 ** (math.floor(math.log10(least)) - 2) if least > 0 else 0.0
     least = math.ceil(least / digit) * digit if digit else 1.0
     what = (
         f"has an eigenvalue of {format_number(smallest)} or below"
         if smallest + shift < -resolution
-        else f"+ {shift:g} I is singular to rounding: its smallest Ritz value is "
-        f"{smallest + shift:.1e}, and rounding hides what is below {resolution:.1e}"
+        else f"+ {shift:g} I is singular up to rounding: its smallest Ritz value is "
+        f"{smallest + shift:.1e}, and values below {resolution:.1e} are lost in rounding"
     )
     raise NotPositiveDefiniteError(
-        f"{call} needs A + {shift:g} I to be positive definite, but A {what}. A shift of "
-        f"{least:.3g} or more would do for what was found; lanczos(operator, which='SA') finds "
-        "the smallest eigenvalue with its residual. A Gauss–Newton operator has no negative ones.",
+        f"{call} needs A + {shift:g} I to be positive definite, but A {what}. By this estimate a "
+        f"shift of {least:.3g} or more suffices; lanczos(operator, which='SA') computes the "
+        "smallest eigenvalue with its residual. A Gauss–Newton operator has no negative "
+        "eigenvalues.",
         smallest,
         shift,
     )

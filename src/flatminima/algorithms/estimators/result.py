@@ -1,4 +1,4 @@
-"""What the estimators of a trace return."""
+"""The results of `trace`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ...results import Outcome, Result, Table, format_number, reading_notes
 __all__ = ["SHOWN", "BlockTrace", "TraceResult"]
 
 SHOWN = 12
-"""Modules, or parameter tensors, in a table."""
+"""Largest number of modules or parameter tensors in a table."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlockTrace(Result):
-    """The trace of the diagonal block that belongs to a parameter tensor or a module.
+    """The trace of the diagonal block of a parameter tensor or a module.
 
     Attributes:
-        name: of the tensor or the module; "" for the model's own tensors.
+        name: name of the tensor or module; "" for tensors of the model itself.
         size: number of its parameters.
         value: the trace of the block.
-        standard_error: of `value`.
+        standard_error: standard error of `value`.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -56,18 +56,18 @@ class TraceResult(Result):
 
     Attributes:
         value: tr A.
-        standard_error: of `value`, from the spread of the samples. It is widened by Student's t
-            where they are few, so that `value` ± 2 `standard_error` covers tr A in about 95 % of
-            the cases. 0 where the value is exact up to rounding.
+        standard_error: standard error of `value`, from the spread of the samples. It is widened
+            by Student's t if there are few of them: `value` ± 2 `standard_error` covers tr A in
+            about 95 % of the cases. 0 if the value is exact up to rounding.
         size: n; the mean eigenvalue is `value / size`.
-        products: with the operator, all of them.
-        outcome: completed, exact, or how the search for `rtol` ended.
+        products: total number of products with the operator.
+        outcome: completed, exact, or whether `rtol` was reached.
         method: "hutchinson", "hutch++", "xtrace" or "exact".
-        tensors: the trace of the diagonal block of each parameter tensor, from the same products;
-            empty for an operator that knows of no parameters. They add up to `value`.
+        tensors: the trace of the diagonal block of each parameter tensor, from the same products.
+            They add up to `value`. Empty if the operator does not belong to a model.
         modules: the same for the modules that own the tensors.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm

@@ -30,57 +30,58 @@ def spectral_density(
     seed: Seed = 0,
     progress: bool = True,
 ) -> SpectralDensity:
-    """Return the density of all eigenvalues, by stochastic Lanczos quadrature.
+    """Estimate the density of all eigenvalues by stochastic Lanczos quadrature.
 
-    From each of several random vectors, uniform on the unit sphere, a chain of Lanczos vectors
-    with full reorthogonalisation done twice. Its Ritz values and the squared first components of
-    T's eigenvectors are the nodes and weights of the Gauss rule for the vector's own spectral
-    measure, whose mean over all vectors is the density (Golub and Welsch 1969; Ghorbani et al.
-    2019, [arXiv:1901.10159](https://arxiv.org/abs/1901.10159); Papyan 2018,
-    [arXiv:1811.07062](https://arxiv.org/abs/1811.07062)). All chains advance together, so that
-    data which are not kept on the device are read once for a step of all of them. A chain that
-    meets an invariant space ends early, and its rule is exact; so is one of n steps.
+    A Lanczos chain starts from each of several random vectors, uniform on the unit sphere, with
+    full reorthogonalisation done twice. Its Ritz values and the squared first components of the
+    eigenvectors of T are the nodes and weights of the Gauss rule for the spectral measure of that
+    vector. The mean of these measures over all vectors is the density (Golub and Welsch 1969;
+    Ghorbani et al. 2019, [arXiv:1901.10159](https://arxiv.org/abs/1901.10159); Papyan 2018,
+    [arXiv:1811.07062](https://arxiv.org/abs/1811.07062)). All chains advance together: data that
+    are not kept on the device are read once for one step of all chains. A chain that reaches an
+    invariant space ends early, and its rule is exact; so is the rule of a chain of n steps.
 
-    Few large eigenvalues hide the rest: nodes go to them, and their shares of the random vectors
-    make the sums uncertain. With `outliers` they are taken out first. The random vectors are
-    then orthogonal to their eigenvectors, the eigenvalues enter as exact atoms of weight 1/n,
-    and the bulk has its own scale.
+    A few large eigenvalues can hide the rest: they take up nodes, and their random shares make
+    the sums uncertain. With `outliers` they are taken out first. The random vectors are then
+    orthogonal to their eigenvectors, the eigenvalues are exact atoms of weight 1/n, and the rest
+    of the spectrum has a scale of its own.
+
+    Each chain stores `steps` + m vectors of length n, where m is the number of outliers. All
+    chains together take at most half of the free memory. If they do not fit, they run in groups,
+    if necessary one by one, with the same result up to rounding.
 
     Args:
-        operator: symmetric.
-        probes: random vectors, two at least; their number makes the standard errors small.
-        steps: of Lanczos from each, at most n; their number makes details of the density visible.
-        outliers: how many eigenvalues of largest magnitude to take out first, or eigenpairs that
-            are known already, as `lanczos` returned them, at the price of a product for each.
-        scale: "linear"; or "log", where the density is one per decade of |λ|, for both signs
-            apart, as a bulk of many orders of magnitude near zero asks for.
-        sigma: standard deviation of the Gaussian that a node is drawn as, in decades with
-            "log". Default: for "linear" 0.75 times the range of the nodes divided by their
-            number, which makes a smooth curve of neighbouring nodes (the rule of Lin, Saad and
-            Yang 2016, [arXiv:1308.5467](https://arxiv.org/abs/1308.5467), for Gaussians that
-            meet at 1/1.25 of their height); for "log" 0.75 times the mean distance of neighbours
-            on that scale, weighted by their mass. Eigenvalues taken out do not count.
-        basis_device: where the chains' vectors are kept. Default: the operator's device.
-            "cpu" spares the memory of a GPU at the price of a copy to and fro for each product.
-        seed: of the random vectors.
+        operator: a symmetric operator.
+        probes: number of random vectors, at least two; more make the standard errors smaller.
+        steps: number of Lanczos steps from each vector, at most n; more show finer details of the
+            density.
+        outliers: how many eigenvalues of largest magnitude to take out first, or known eigenpairs
+            from `lanczos`, which cost one product each.
+        scale: "linear", or "log" for a density per decade of |λ|, separately for each sign; it
+            suits spectra that span many orders of magnitude near zero.
+        sigma: standard deviation of the Gaussian drawn for each node, in decades with "log".
+            Default: with "linear" 0.75 times the range of the nodes divided by their number, by
+            which neighbouring nodes form a smooth curve (the rule of Lin, Saad and Yang 2016,
+            [arXiv:1308.5467](https://arxiv.org/abs/1308.5467), for Gaussians that meet at 1/1.25
+            of their height); with "log" 0.75 times the mean distance of neighbours on that scale,
+            weighted by their mass. Outliers do not count.
+        basis_device: where the vectors of the chains are stored. Default: the device of the
+            operator. "cpu" saves GPU memory but copies each vector and product between devices.
+        seed: seed of the random vectors.
         progress: show a bar if it takes long.
 
     Returns:
-        Nodes and weights of each random vector, with everything that can be computed from them.
-
-    Memory: `steps` + m vectors of length n for each chain, m of them taken out, in half of the
-    memory that is free. Where that does not hold all chains they are run in groups, at worst one
-    after another, with the same result but for rounding.
+        Nodes and weights of each random vector, with methods for what can be computed from them.
 
     Raises:
-        InvalidArgumentError: fewer than two probes or one step, more outliers than n, or pairs
-            that are not those of this operator.
-        DeviceMemoryError: not even one chain fits.
+        InvalidArgumentError: there are fewer than two probes, no step, or more outliers than n;
+            or the pairs do not belong to this operator.
+        DeviceMemoryError: not even one chain fits into memory.
         NonFiniteError: a product holds NaN or infinity.
         NotSymmetricError: the products contradict the symmetry of the operator.
 
     Warns:
-        ConvergenceWarning: the outliers that were to be found did not converge.
+        ConvergenceWarning: the computation of the outliers did not converge.
 
     Examples:
         >>> import torch, flatminima as fm

@@ -1,4 +1,4 @@
-"""The trace of an operator, of all of it and of the block of each parameter tensor."""
+"""Estimates of the trace of an operator and of its diagonal blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...support.checks import check_choice, check_integer
 from ...support.progress import progress_bar
 from ...support.randomness import Seed, as_generator
 from ...support.vectors import Layout
-from .leave_one_out import deflated_blocks, xtrace, xtrace_blocks
-from .probes import deflated_samples, diagonal_by_unit_vectors, mean_and_spread
+from .leave_one_out import trace_known_blocks, xtrace, xtrace_blocks
+from .probes import compute_diagonal, mean_and_spread, sample_traces
 from .result import BlockTrace, TraceResult
 from .sketch import LEAST, SKETCH_BYTES, Sketch, check_precision
 from .stopping import (
@@ -24,9 +24,9 @@ from .stopping import (
     LIMIT,
     PRODUCTS,
     check_rtol,
+    choose_outcome,
     conclude,
     is_precise,
-    outcome_of,
     schedule_looks,
 )
 
@@ -37,11 +37,14 @@ METHODS = ("auto", "hutchinson", "hutch++", "xtrace")
 
 @dataclasses.dataclass
 class _Estimate:
-    """Samples of the trace, (count,), and of the traces of its blocks, (count, blocks).
+    """Samples of the trace and of the traces of its blocks.
 
     Attributes:
-        excess: by which the standard error is larger than that of independent samples.
-        rounding: an error that every sample shares.
+        method: how they were made.
+        whole: (count,), samples of the trace.
+        blocks: (count, blocks), samples of the traces of the blocks.
+        excess: factor by which the standard error exceeds that of independent samples.
+        rounding: an error that all samples share.
     """
 
     method: str
@@ -50,24 +53,26 @@ class _Estimate:
     excess: float = 1.0
     rounding: float = 0.0
 
-    def of(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard error of what has been sampled along the first axis."""
+    def summarize(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard error of samples along the first axis."""
         mean, error = mean_and_spread(samples)
         return mean, torch.hypot(error * self.excess, torch.tensor(self.rounding).double())
 
 
 class _Probing:
-    """An operator, its blocks, and the products that have been taken with it."""
+    """An operator with its blocks, and the number of products taken with it."""
 
-    def __init__(self, operator: LinearOperator, seed: Seed, tell: Callable[[int], object]) -> None:
-        self.operator, self.spent, self._tell = operator, 0, tell
+    def __init__(
+        self, operator: LinearOperator, seed: Seed, report: Callable[[int], object]
+    ) -> None:
+        self.operator, self.spent, self._report = operator, 0, report
         self.generator = as_generator(seed, operator.device)
         layout = operator.layout
         self.sizes = (operator.shape[0],) if layout is None else layout.sizes
 
     def step(self, count: int) -> None:
         self.spent += count
-        self._tell(count)
+        self._report(count)
 
     def sketch(self, *, keep: bool) -> Sketch:
         return Sketch(self.operator, self.generator, signs=not keep, keep=keep, step=self.step)
@@ -79,17 +84,17 @@ class _Probing:
         blocks = torch.stack([part.sum() for part in parts]).cpu().double()[None]
         return _Estimate("exact", blocks.sum(dim=1), blocks)
 
-    def deflated(self, counts: Iterator[int], sketch: Sketch | None) -> Iterator[_Estimate]:
-        """Yield Hutchinson's estimator of what lies outside of the sketch, and the rest exactly."""
+    def sample_rest(self, counts: Iterator[int], sketch: Sketch | None) -> Iterator[_Estimate]:
+        """Yield estimates: exact inside the sketch, Hutchinson's estimator outside of it."""
         known, total, rounding = torch.zeros(1), torch.zeros(1), 0.0
         project, method = None, "hutchinson"
         if sketch is not None and sketch.columns:
-            known, total = deflated_blocks(sketch, self.sizes), torch.trace(sketch.compressed)
+            known, total = trace_known_blocks(sketch, self.sizes), torch.trace(sketch.compressed)
             project, method, rounding = sketch.project, "hutch++", sketch.rounding
         samples: list[Tensor] = []
         for count in counts:
             samples.append(
-                deflated_samples(
+                sample_traces(
                     self.operator,
                     count - self.spent,
                     self.generator,
@@ -102,23 +107,29 @@ class _Probing:
             yield _Estimate(method, found.sum(dim=1) + total, found + known, 1.0, rounding)
 
     def hutchpp(self, counts: Iterator[int], most: int) -> Iterator[_Estimate]:
-        """A third of the products for a sketch, a third for its images, a third for the rest."""
+        """Yield Hutch++ estimates.
+
+        A third of the products make a sketch, a third its images, and a third sample the rest.
+        """
         sketch = self.sketch(keep=False)
         for count in counts:
             more = min((count - self.spent) // 3, most - sketch.columns)
             if more <= 0:
-                yield from self.deflated(itertools.chain((count,), counts), sketch)
+                yield from self.sample_rest(itertools.chain((count,), counts), sketch)
                 return
             sketch.extend(more)
-            # New samples: those taken before are of what lay outside of a smaller sketch.
-            yield from self.deflated(iter((count,)), sketch)
+            # New samples, since the earlier ones belong to a smaller sketch.
+            yield from self.sample_rest(iter((count,)), sketch)
 
     def xtrace(self, counts: Iterator[int], most: int) -> Iterator[_Estimate]:
-        """Half of the products for a sketch, half for its images; each vector serves twice."""
+        """Yield XTrace estimates.
+
+        Half of the products make a sketch and half its images; each vector serves twice.
+        """
         sketch = self.sketch(keep=True)
         for count in counts:
             if count // 2 > most:
-                yield from self.deflated(itertools.chain((count,), counts), sketch)
+                yield from self.sample_rest(itertools.chain((count,), counts), sketch)
                 return
             sketch.extend(count // 2 - sketch.columns)
             whole, excess = xtrace(sketch)
@@ -137,54 +148,54 @@ def trace(
     seed: Seed = 0,
     progress: bool = True,
 ) -> TraceResult:
-    """Return the trace from products with random vectors, with its standard error.
+    """Estimate the trace from products with random vectors, with its standard error.
 
     - "hutchinson": the mean of zᵀ A z over Rademacher vectors z (Hutchinson 1989), with variance
-      2 (‖A‖_F² − Σ A_ii²) / products. It keeps no vectors.
-    - "hutch++" (Meyer et al. 2021, arXiv:2010.09649, algorithm 1): a third of the products finds
-      a basis Q of where A is large, a third gives tr(Qᵀ A Q), and the last third is Hutchinson's
-      estimator of what lies outside. It keeps 2/3 `products` vectors of length n.
+      2 (‖A‖_F² − Σ A_ii²) / products. It stores no vectors.
+    - "hutch++" (Meyer et al. 2021, arXiv:2010.09649, algorithm 1): a third of the products make a
+      basis Q of the directions where A is large, a third give tr(Qᵀ A Q), and the last third are
+      for Hutchinson's estimator of the rest. It stores 2/3 `products` vectors of length n.
     - "xtrace" (Epperly, Tropp and Webber 2024, arXiv:2301.07825, section 2): half of the products
-      for a basis, half for its images; each random vector in turn is left out of the basis and
-      tests the rest. Vectors are uniform on a sphere, and what is left of them outside of the
-      basis is brought back to its length. It keeps 3/2 `products` vectors of length n.
-    - "auto": the diagonal where the operator knows it; all n products with unit vectors where
-      that is no more than `products`; otherwise "xtrace" where its vectors fit into 1 GiB, and
-      "hutch++" with as many vectors as do where they do not.
+      make a basis, the other half its images. Each random vector in turn is left out of the basis
+      and tests the rest. The vectors are uniform on a sphere, and their parts outside of the basis
+      are rescaled to the expected length. It stores 3/2 `products` vectors of length n.
+    - "auto": the sum of the diagonal if the operator knows it; n products with unit vectors if n
+      is at most `products`; otherwise "xtrace" if its vectors fit into 1 GiB, else "hutch++" with
+      as many vectors as fit.
 
-    With `rtol` it goes on until the relative standard error is within it. Looks are taken after 24
-    products, then 1.5 times as many, and so on (with "hutch++", of whose products only some are
-    samples, after 48 and then twice as many). At a look, U is the
-    standard error's upper 95 % confidence limit by the χ² distribution, and the search ends when
-    U ≤ rtol · (|value| − 2 U): neither a standard error that is small by chance nor a value that
-    is large by chance ends it early. With "auto", XTrace's basis grows while it fits; after that
-    what lies outside of it is sampled, as by "hutch++". A trace that is zero to its error has
-    no relative error; the search then goes on to its limit, and says so.
+    With `rtol`, sampling continues until the relative standard error is within it. The error is
+    tested after 24 products, then after 1.5 times as many, and so on ("hutch++", where only some
+    of the products are samples: after 48, then after twice as many). Let U be the upper 95 %
+    confidence limit of the standard error by the χ² distribution. Sampling ends when
+    U ≤ rtol · (|value| − 2 U), a rule that neither a standard error small by chance nor a value
+    large by chance can satisfy early. With "auto", the basis of XTrace grows while it fits; after
+    that, the rest is sampled as by "hutch++". A trace that is zero within its error has no
+    relative error: sampling continues to the limit, and the warning says so.
 
     Args:
-        operator: symmetric. "hutch++" and "xtrace" need float32 or float64.
-        method: see above. Where n is no more than `products`, "hutch++" and "xtrace" take n
-            products with unit vectors, and the result is exact.
-        products: number of products in all, at least 2, and 4 for "hutch++" and "xtrace"; with
+        operator: a symmetric operator. "hutch++" and "xtrace" need float32 or float64.
+        method: see above. If n is at most `products`, "hutch++" and "xtrace" take n products with
+            unit vectors, and the result is exact.
+        products: total number of products, at least 2, or 4 for "hutch++" and "xtrace"; with
             `rtol` their limit. Default: 100, with `rtol` 1000.
-        rtol: the relative standard error that is wanted.
-        strict: raise instead of warn when the limit comes before `rtol` is reached.
-        seed: of the random vectors.
+        rtol: the relative standard error to reach.
+        strict: raise instead of warn if the limit is reached before `rtol`.
+        seed: seed of the random vectors.
         progress: show a bar if it takes long.
 
     Returns:
-        The estimate with its standard error; for operators of a model also the trace of the
-        diagonal block of each parameter tensor and of each module, from the same products.
+        The estimate with its standard error; for operators of a model also the traces of the
+        diagonal blocks of each parameter tensor and of each module, from the same products.
 
     Raises:
-        InvalidArgumentError: an unknown method, too few products, `rtol` outside (0, 1), or a
-            sketch in half precision.
+        InvalidArgumentError: the method is unknown, there are too few products, `rtol` is outside
+            (0, 1), or a sketch is to be made in half precision.
         NonFiniteError: a product holds NaN or infinity.
-        DeviceMemoryError: the vectors that "hutch++" or "xtrace" keep do not fit.
+        DeviceMemoryError: the vectors of "hutch++" or "xtrace" do not fit into memory.
         ConvergenceError: with `strict`, when the limit is reached.
 
     Warns:
-        ConvergenceWarning: the limit came before the error was within `rtol`.
+        ConvergenceWarning: the limit was reached before the error was within `rtol`.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -215,13 +226,13 @@ def trace(
         probing = _Probing(operator, seed, bar.update)
         for estimate in _estimates(probing, method, limit, rtol):
             count = len(estimate.whole)
-            value, error = map(float, estimate.of(estimate.whole))
+            value, error = map(float, estimate.summarize(estimate.whole))
             done = rtol is None or is_precise(value, error, count, rtol)
             if done:
                 break
             bar.set_postfix_str(f"± {error:.1e}", refresh=False)
-    outcome = outcome_of(exact=estimate.method == "exact", done=done, rtol=rtol)
-    tensors, modules = _blocks(operator.layout, estimate)
+    outcome = choose_outcome(exact=estimate.method == "exact", done=done, rtol=rtol)
+    tensors, modules = _make_block_traces(operator.layout, estimate)
     result = TraceResult(
         value=value,
         standard_error=error,
@@ -243,7 +254,7 @@ def trace(
 def _estimates(
     probing: _Probing, method: str, limit: int, rtol: float | None
 ) -> Iterator[_Estimate]:
-    """Yield an estimate for each look at the error, each from all products so far."""
+    """Yield an estimate each time the error is tested, from all products so far."""
     operator = probing.operator
     n = operator.shape[0]
     asked = method == "auto" and operator.knows_diagonal
@@ -251,7 +262,7 @@ def _estimates(
     if known is not None:
         yield probing.exact(known)
         return
-    # As much as fits, or as much as is given.
+    # The vectors of a sketch: as many as fit with "auto", otherwise as many as needed.
     room = limit * 3
     if method == "auto":
         room = SKETCH_BYTES // (n * operator.dtype.itemsize)
@@ -266,16 +277,16 @@ def _estimates(
         growth=2.0 if method == "hutch++" else 1.5,
     )
     if method == "hutchinson":
-        yield from probing.deflated(counts, None)
+        yield from probing.sample_rest(counts, None)
     elif method == "hutch++":
         yield from probing.hutchpp(counts, room // 2)
     else:
         yield from probing.xtrace(counts, room // 3)
     if whole:
-        yield probing.exact(diagonal_by_unit_vectors(operator, probing.step))
+        yield probing.exact(compute_diagonal(operator, probing.step))
 
 
-def _blocks(
+def _make_block_traces(
     layout: Layout | None, estimate: _Estimate
 ) -> tuple[tuple[BlockTrace, ...], tuple[BlockTrace, ...]]:
     """Return the traces of the tensors and of the modules that own them."""
@@ -289,7 +300,7 @@ def _blocks(
     found = []
     for groups in (tensors, modules):
         columns = [estimate.blocks[:, positions].sum(dim=1) for positions, _ in groups]
-        values, errors = estimate.of(torch.stack(columns, dim=1))
+        values, errors = estimate.summarize(torch.stack(columns, dim=1))
         found.append(
             tuple(
                 BlockTrace(name, sum(layout.sizes[p] for p in positions), value, error)
