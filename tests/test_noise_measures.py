@@ -94,7 +94,7 @@ def test_rtol_ends_when_the_error_is_small_and_says_when_it_is_not():
     assert within.outcome is fm.Outcome.WITHIN_RTOL
     assert within.standard_error <= 0.2 * abs(within.value)
     assert 24 <= within.samples < 1000
-    with pytest.warns(fm.ConvergenceWarning, match=r"limit of 30 samples.*Raise samples="):
+    with pytest.warns(fm.ConvergenceWarning, match=r"limit of 30 samples.*Increase samples="):
         above = fm.average_sharpness(objective, sigma=0.3, rtol=1e-3, samples=30)
     assert above.outcome is fm.Outcome.ABOVE_RTOL
     with pytest.raises(fm.ConvergenceError) as caught:

@@ -266,7 +266,7 @@ def test_data_without_examples_have_no_groups():
     objective = fm.Objective(
         nn.Linear(1, 1), data=[3, 5], batch_loss=lambda m, b: b * m.weight.sum(), weight=lambda b: 1
     )
-    with pytest.raises(fm.InvalidArgumentError, match="do not tell what an example is"):
+    with pytest.raises(fm.InvalidArgumentError, match="do not show what an example is"):
         fm.sam_sharpness(objective, m=1)
 
 

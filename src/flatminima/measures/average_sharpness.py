@@ -1,4 +1,4 @@
-"""How much the loss rises on average under Gaussian noise."""
+"""The average rise of the loss under Gaussian noise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from ..algorithms.estimators.probes import mean_and_spread
 from ..algorithms.estimators.stopping import (
     check_rtol,
+    choose_outcome,
     conclude,
     is_precise,
-    outcome_of,
     schedule_looks,
 )
 from ..errors import ConvergenceError, ConvergenceWarning, warn
@@ -25,7 +25,7 @@ from ..support.checks import check_integer, check_positive
 from ..support.precision import precision_notes, resolution
 from ..support.progress import progress_bar
 from ..support.randomness import Seed
-from .noise import Noise, magnitudes
+from .noise import Noise, compute_magnitudes
 from .result import Measurement, MeasureResult
 
 __all__ = ["AverageSharpnessResult", "average_sharpness"]
@@ -33,7 +33,7 @@ __all__ = ["AverageSharpnessResult", "average_sharpness"]
 SAMPLES = 50
 """Default number of samples."""
 LIMIT = 1000
-"""Default limit with `rtol`."""
+"""Default limit of samples with `rtol`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -42,18 +42,18 @@ class AverageSharpnessResult(MeasureResult):
 
     Attributes:
         value: E L(θ + σ c ⊙ z) − L(θ).
-        standard_error: of `value`, from the spread of the pairs and the rounding of L(θ), which
-            all of them share.
-        resolution: values as small as that may be rounding of the loss.
+        standard_error: standard error of `value`, from the spread of the samples and the rounding
+            of L(θ), which all of them share.
+        resolution: size up to which a value may be rounding of the loss.
         loss: L(θ).
         sigma: σ.
         adaptive: whether c = |θ|.
-        samples: draws of z, each used with both signs.
-        normalize_logits: whether the loss was that of normalised logits.
-        evaluations: of the loss.
+        samples: number of draws of z, each used with both signs.
+        normalize_logits: whether the logits were normalised.
+        evaluations: number of evaluations of the loss.
         outcome: completed, within `rtol` or above it, or why the value should not be trusted.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -81,13 +81,13 @@ class AverageSharpnessResult(MeasureResult):
 
     @property
     def name(self) -> str:
-        """With its settings."""
+        """The name of the measure, with its settings."""
         how = "adaptive average" if self.adaptive else "average"
         logits = ", normalised logits" if self.normalize_logits else ""
         return f"{how} sharpness, σ = {self.sigma:g}{logits}"
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the mean rise as one line of a report."""
         return self._line(
             self.name, f"{self.evaluations} losses", self.standard_error, "standard error"
         )
@@ -101,7 +101,7 @@ class AverageSharpnessResult(MeasureResult):
                 ("losses evaluated", str(self.evaluations), ""),
             ),
             title=self.name[0].upper() + self.name[1:],
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -117,44 +117,46 @@ def average_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> AverageSharpnessResult:
-    """Return the mean rise of the loss under Gaussian noise: E L(θ + σ c ⊙ z) − L(θ), z ~ N(0, I).
+    """Estimate the mean rise of the loss under noise: E L(θ + σ c ⊙ z) − L(θ), z ~ N(0, I).
 
-    c is 1, or with `adaptive` |θ| element by element, which makes it unchanged by rescaling
-    (Andriushchenko et al. 2023, arXiv:2302.07011, average-case sharpness). To second order it is
-    ½ σ² Σ c_i² H_ii, which on a quadratic is exact; unlike the trace it needs no derivative.
+    c is 1, or with `adaptive` |θ| element by element, which makes the measure unchanged by
+    rescaling (Andriushchenko et al. 2023, arXiv:2302.07011, average-case sharpness). To second
+    order it is ½ σ² Σ c_i² H_ii, exactly so for a quadratic loss. Unlike the trace, it needs no
+    derivatives.
 
-    Every z is used with both signs and the mean of the two is one sample, so that the gradient,
-    which would be most of the noise, cancels (antithetic variables).
+    Every z is used with both signs, and the mean of the two losses is one sample. The gradient,
+    which would cause most of the noise, thus cancels (antithetic variables).
 
-    With `rtol` it goes on until the relative standard error is within it, with looks after 24
-    samples, then 1.5 times as many, and so on, judged as by `trace`: neither a standard error nor a
-    value that is off by chance ends it early.
+    With `rtol`, sampling continues until the relative standard error is within it. The error is
+    tested after 24 samples, then after 1.5 times as many, and so on, by the rule of `trace`, which
+    a standard error or a value that is off by chance rarely satisfies early.
 
     Args:
-        objective: what is evaluated.
+        objective: the objective to evaluate.
         sigma: σ, the standard deviation of the noise; with `adaptive` relative to each parameter.
-        adaptive: noise in proportion to |θ|. Parameters that are zero do not move.
-        samples: number of draws, of two losses each, at least 2; with `rtol` their limit. Default:
-            50, with `rtol` 1000.
-        rtol: the relative standard error that is wanted.
-        normalize_logits: divide the logits of each example by their standard deviation first, for
-            cross-entropy: without it a classifier that is surer of the same labels looks flatter
-            (Andriushchenko et al. 2023, section 3).
-        strict: raise instead of warn when `rtol` is not reached.
-        seed: of the draws.
+        adaptive: make the noise proportional to |θ|. Parameters that are zero do not move.
+        samples: number of draws, at least 2, each of two losses; with `rtol` their limit.
+            Default: 50, with `rtol` 1000.
+        rtol: the relative standard error to reach.
+        normalize_logits: for cross-entropy, first divide the logits of each example by their
+            standard deviation. Without this, a classifier that is more confident of the same
+            labels looks flatter (Andriushchenko et al. 2023, section 3).
+        strict: raise instead of warn if `rtol` is not reached.
+        seed: seed of the draws.
         progress: show a bar if it takes long.
 
     Returns:
         The mean with its standard error.
 
     Raises:
-        InvalidArgumentError: σ ≤ 0, too few samples, `rtol` outside (0, 1), `adaptive` with a
-            tensor of zeros, or `normalize_logits` with another loss than cross-entropy.
+        InvalidArgumentError: σ ≤ 0, there are too few samples, `rtol` is outside (0, 1),
+            `adaptive` meets a tensor of zeros, or `normalize_logits` meets a loss other than
+            cross-entropy.
         NonFiniteError: L(θ) is NaN or infinite.
         ConvergenceError: with `strict`, when the limit is reached.
 
     Warns:
-        ConvergenceWarning: the limit came before the error was within `rtol`.
+        ConvergenceWarning: the limit was reached before the error was within `rtol`.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -173,7 +175,7 @@ def average_sharpness(
         check_integer(call, "samples", samples, low=2)
     rtol = check_rtol(call, rtol)
     limit = (SAMPLES if rtol is None else LIMIT) if samples is None else samples
-    scale = magnitudes(call, objective, adaptive=adaptive)
+    scale = compute_magnitudes(call, objective, adaptive=adaptive)
     before = objective.batches.readings
     if normalize_logits:
         objective = with_normalized_logits(call, objective)
@@ -200,7 +202,7 @@ def average_sharpness(
             if rtol is not None and is_precise(value, error, count, rtol):
                 done = True
                 break
-    outcome = outcome_of(exact=False, done=done, rtol=rtol)
+    outcome = choose_outcome(exact=False, done=done, rtol=rtol)
     if not torch.isfinite(rises).all():
         outcome = Outcome.NON_FINITE_POINTS
     elif abs(value) <= smallest:

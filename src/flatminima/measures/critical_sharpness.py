@@ -1,4 +1,4 @@
-"""Critical sharpness: how long a step along an update may be before the loss rises."""
+"""Critical sharpness: how long a step along an update can be before the loss rises."""
 
 from __future__ import annotations
 
@@ -24,32 +24,31 @@ __all__ = ["CriticalSharpnessResult", "critical_sharpness"]
 FIRST = 1e-3
 """Length of the first step tried, relative to that of the parameters."""
 DOUBLINGS = 40
-"""From the first step, up or down."""
+"""Largest number of times that the first step is doubled or halved."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CriticalSharpnessResult(MeasureResult):
-    """2 over the step at which the loss is back where it was.
+    """2 divided by the step at which the loss is back at its value at θ.
 
     Attributes:
         value: 2 / η.
-        error: half of what lies between 2 / η at both ends of the last bracket, and what rounding
-            of the loss can move it by, judged by how far the loss falls.
-        step: η, the middle of the last bracket, a multiple of the update.
-        bracket: the longest step after which the loss was lower, and the shortest after which it
-            was not.
+        error: half the difference of 2 / η between the ends of the last bracket, combined with the
+            effect of rounding of the loss, which depends on how far the loss falls.
+        step: η, the middle of the last bracket, as a multiple of the update.
+        bracket: a step after which the loss was lower, and a longer one after which it was not.
         update_norm: ‖u‖₂.
         loss: L(θ).
-        along: "gradient" or "update", as given.
+        along: "gradient", or "update" if one was given.
         tried_steps: every η that was tried, ascending.
-        tried_losses: L(θ + η u) at each.
-        gradients: evaluations of loss and gradient: 1 where the update is minus the gradient.
-        evaluations: of the loss alone.
-        outcome: completed; not reached, when the loss is lower at the longest step that was tried;
-            below rounding, when it falls by no more than its rounding; or no descent, when it is
-            lower at no step along an update that was given.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        tried_losses: L(θ + η u) at each of them.
+        gradients: number of evaluations of loss and gradient: 1 without `update`, else 0.
+        evaluations: number of evaluations of the loss alone.
+        outcome: completed; not reached, if the loss is lower at the longest step tried; below
+            rounding, if it falls by no more than its rounding error; or no descent, if the loss
+            is lower at no step along a given update.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -78,7 +77,7 @@ class CriticalSharpnessResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return 2 / η as one line of a report."""
         cost = f"{format_count(self.gradients, 'gradient')}, " if self.gradients else ""
         cost += format_count(self.evaluations, "loss")
         error = self.error if math.isfinite(self.error) else None
@@ -98,7 +97,7 @@ class CriticalSharpnessResult(MeasureResult):
                 ("losses alone", str(self.evaluations)),
             ),
             title="Critical sharpness",
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -110,34 +109,34 @@ def critical_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> CriticalSharpnessResult:
-    """Return 2 / η of the shortest step η along an update after which the loss is no longer lower.
+    """Return 2 / η for the shortest step η along an update at which the loss is no longer lower.
 
-    η = min { η > 0 : L(θ + η u) > L(θ) } (Kalra et al. 2026, arXiv:2601.16979). It
-    needs losses alone. Where the loss is a quadratic and u = −∇L, 2 / η is ∇Lᵀ H ∇L / ‖∇L‖², the
-    curvature along the gradient: at most the largest eigenvalue, and near it where training with
-    gradient descent is at the edge of stability.
+    η = min { η > 0 : L(θ + η u) > L(θ) } (Kalra et al. 2026, arXiv:2601.16979). Only losses are
+    needed. For a quadratic loss and u = −∇L, 2 / η is ∇Lᵀ H ∇L / ‖∇L‖², the curvature along the
+    gradient. It is at most the largest eigenvalue, and near it if training by gradient descent is
+    at the edge of stability.
 
-    The first step moves θ by a thousandth of its length. It is doubled until the loss is not lower
-    than at θ, or halved until it is, and the end is found by bisection of log η. A loss that rises
-    and falls again within a factor of 2 is passed over.
+    The first step moves θ by a thousandth of its length. The step is doubled until the loss is not
+    lower than at θ, or halved until it is; then η is found by bisection of log η. A loss that
+    rises and falls again within a factor of 2 is overlooked.
 
     Args:
-        objective: what is evaluated.
-        update: u, a direction in which the loss falls: a vector (n,), or tensors by the names of
-            parameters, zero for those left out. Default: minus the gradient. For another
-            optimiser it is the difference of the parameters after and before its step, over its
-            step size.
+        objective: the objective to evaluate.
+        update: u, a direction in which the loss falls: a vector (n,), or tensors by parameter
+            name, zero for those left out. Default: minus the gradient. For another optimiser,
+            take the change of the parameters in one of its steps, divided by its step size.
         tol: relative width of the last bracket of η, below 1.
-        seed: unused, as nothing is random; every measure takes one.
+        seed: unused, since nothing is random; every measure has this argument.
         progress: show a bar if it takes long.
 
     Returns:
-        2 / η and η, with the bracket and all losses on the way.
+        2 / η and η, with the bracket and all losses evaluated.
 
     Raises:
-        InvalidArgumentError: the update, or the gradient in its place, is zero; `tol` out of range.
-        ShapeError: the update has another shape.
-        StateMismatchError: it names a parameter that is not selected.
+        InvalidArgumentError: the update, or the gradient without one, is zero; or `tol` is out of
+            range.
+        ShapeError: the update has the wrong shape.
+        StateMismatchError: the update names a parameter that is not selected.
         NonFiniteError: L(θ) or the update is NaN or infinite.
 
     Examples:
@@ -160,13 +159,13 @@ def critical_sharpness(
         loss, gradient = objective.value_and_gradient()
         direction = -gradient
     else:
-        direction = _direction(call, objective, update)
+        direction = _check_update(call, objective, update)
         loss = objective.loss()
     length = float(torch.linalg.vector_norm(direction.double()))
     if length == 0:
         what = "gradient" if update is None else "update"
         raise InvalidArgumentError(
-            f"{call} follows the loss along the {what}, which is zero here; give another update=."
+            f"{call} follows the loss along the {what}, which is zero here; pass another update=."
         )
     tried: dict[float, float] = {}
     with progress_bar("critical sharpness", total=None, unit="loss", show=progress) as bar:
@@ -200,7 +199,7 @@ def critical_sharpness(
     error = 1 / low - 1 / high if outcome is Outcome.COMPLETED else math.nan
     depth = loss - min(tried.values(), default=loss)
     if outcome is Outcome.COMPLETED:
-        # On a parabola a shift of the loss by r moves its end by r / 4 depth, relatively.
+        # On a parabola, an error r of the loss changes η by r / (4 depth), relative to η.
         shift = resolution(objective.model, objective.device, loss) / 4 / (4 * depth)
         error = math.hypot(error, 2 / critical * shift)
         outcome = Outcome.BELOW_ROUNDING if shift > 0.1 else outcome
@@ -224,13 +223,13 @@ def critical_sharpness(
     )
 
 
-def _direction(call: str, objective: Objective, update: Tensor | Mapping[str, Tensor]) -> Tensor:
+def _check_update(call: str, objective: Objective, update: Tensor | Mapping[str, Tensor]) -> Tensor:
     layout = objective.layout
     if isinstance(update, Mapping):
         for name, tensor in update.items():
             if name not in layout.names:
                 raise StateMismatchError(
-                    f"The 'update' argument of {call} names {name!r}, which is no selected "
+                    f"The 'update' argument of {call} names {name!r}, which is not a selected "
                     f"parameter. {closest(str(name), layout.names)}"
                 )
             wanted = layout.shapes[layout.names.index(name)]

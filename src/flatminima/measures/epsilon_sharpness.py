@@ -27,7 +27,7 @@ FEW_PARAMETERS = 64
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class EpsilonSharpnessResult(MeasureResult):
-    """Keskar's φ with what it was made from.
+    """Keskar's ε-sharpness φ, with the losses it was computed from.
 
     Attributes:
         value: φ, a percentage, never negative.
@@ -35,12 +35,12 @@ class EpsilonSharpnessResult(MeasureResult):
         maximum: the largest loss evaluated in the box.
         epsilon: ε.
         subspace: p, or None for the full space.
-        iterations: of L-BFGS-B that were allowed.
-        evaluations: of loss and gradient that were made.
+        iterations: number of L-BFGS-B iterations allowed.
+        evaluations: number of evaluations of loss and gradient.
         outcome: why the maximisation stopped.
         displacement: θ* − θ of the maximum, shape (n,), on request.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -66,7 +66,7 @@ class EpsilonSharpnessResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return φ as one line of a report."""
         where = "full space" if self.subspace is None else f"subspace {self.subspace}"
         name = f"ε-sharpness φ (%), ε = {self.epsilon:g}, {where}"
         return self._line(name, f"{self.evaluations} gradients")
@@ -82,7 +82,7 @@ class EpsilonSharpnessResult(MeasureResult):
                 ("evaluations", str(self.evaluations)),
             ),
             title=f"ε-sharpness, ε = {self.epsilon:g}, {where}",
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -103,36 +103,38 @@ def epsilon_sharpness(
     φ = 100 · (max over z ∈ C of L(θ + A z) − L(θ)) / (1 + L(θ)), with
     C = { z : |z_i| ≤ ε (|(A⁺θ)_i| + 1) } (Keskar et al. 2017, arXiv:1609.04836, metric 2.1). In
     the full space A = I; in a random subspace A ∈ ℝ^{n×p} has independent N(0, 1) entries. The
-    maximisation is inexact by definition: L-BFGS-B, stopped after 10 iterations. The paper says
-    neither where it starts nor how the problem is scaled; here it starts from z = 0, in units of
-    the box (see `optimize.box`). Where it ends in a local maximum before its iterations are used,
-    the rest of them starts from random corners of the box: near a minimum nearly every direction
-    leads upwards, and the first is not the steepest. In models of at most 64 parameters, and if
-    more than a tenth of the rise comes from curvature, at most n + 5 more evaluations look for a
-    better corner: each coordinate of the best one is flipped, and the best corners of the quadratic
-    that this shows are tried. The value is that of the best point evaluated.
+    maximisation is inexact by definition: L-BFGS-B, stopped after 10 iterations.
+
+    The paper states neither the start nor the scaling of the problem; here it starts from z = 0,
+    in units of the box (see `optimize.box`). If L-BFGS-B reaches a local maximum early, the
+    remaining iterations start from random corners of the box: near a minimum nearly every
+    direction leads upwards, and the first one is not the steepest. In models of at most 64
+    parameters, if more than a tenth of the rise comes from curvature, at most n + 5 more
+    evaluations look for a better corner: each coordinate of the best corner is flipped, and the
+    best corners of the resulting quadratic model are tried. The value is that of the best point
+    evaluated.
 
     Args:
-        objective: what is maximised.
-        epsilon: size of the box; the paper takes 1e-3 and 5e-4.
-        subspace: p, the dimension of a random subspace (the paper takes 100), or None for the
-            full space.
-        iterations: of L-BFGS-B, all starts together.
-        restarts: how many times more the same number of iterations, from random corners of the
-            box alone; the best point counts.
-        solver: "lbfgsb", on the device and in the precision of the model, or "scipy", the judge
-            of the former, on the host and in float64. Both make the same steps up to rounding;
-            SciPy's costs far more for many parameters.
-        seed: of the subspace and of the corners.
+        objective: the objective to maximise.
+        epsilon: ε, the size of the box; the paper uses 1e-3 and 5e-4.
+        subspace: p, the dimension of a random subspace (the paper uses 100), or None for the full
+            space.
+        iterations: number of L-BFGS-B iterations, for all starts together.
+        restarts: how many times to repeat that number of iterations, only from random corners of
+            the box; the best point counts.
+        solver: "lbfgsb", on the device and in the precision of the model, or "scipy", its
+            reference, on the host and in float64. Both take the same steps up to rounding; SciPy
+            is much slower for many parameters.
+        seed: seed of the subspace and of the corners.
         return_displacement: keep the maximising displacement in the result.
         progress: show a bar if it takes long.
 
     Returns:
-        φ, in per cent, with the losses, the number of evaluations of loss and gradient, and why
+        φ in per cent, with the losses, the number of evaluations of loss and gradient, and why
         the maximisation stopped.
 
     Raises:
-        InvalidArgumentError: ε ≤ 0, p outside [1, n], an unknown solver, or 1 + L(θ) ≤ 0.
+        InvalidArgumentError: ε ≤ 0, p is outside [1, n], the solver is unknown, or 1 + L(θ) ≤ 0.
         NonFiniteError: L(θ) is NaN or infinite.
 
     Examples:

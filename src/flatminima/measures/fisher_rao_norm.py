@@ -19,17 +19,17 @@ __all__ = ["FisherRaoResult", "fisher_rao_norm"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FisherRaoResult(MeasureResult):
-    """θᵀ F θ.
+    """The squared Fisher–Rao norm θᵀ F θ.
 
     Attributes:
-        value: θᵀ F θ, never negative but for rounding.
-        error: what the products are known to be off by, beyond rounding; 0 where they are exact.
-        kind: of the Fisher matrix.
+        value: θᵀ F θ, never negative except for rounding.
+        error: known error due to inexact products, beyond rounding; 0 if they are exact.
+        kind: the kind of Fisher matrix, "exact" or "empirical".
         parameter_norm: ‖θ‖₂.
-        products: with F.
+        products: number of products with F.
         outcome: completed, or as exact as the products allow.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -52,11 +52,11 @@ class FisherRaoResult(MeasureResult):
 
     @property
     def name(self) -> str:
-        """With its settings."""
+        """The name of the measure, with its settings."""
         return "Fisher–Rao norm" + ("" if self.kind == "exact" else f", {self.kind} Fisher matrix")
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the squared norm as one line of a report."""
         error = self.error or None
         return self._line(self.name, "1 product", error, "differences" if error else "")
 
@@ -69,7 +69,7 @@ class FisherRaoResult(MeasureResult):
                 ("parameter norm ‖θ‖", format_number(self.parameter_norm)),
             ),
             title=self.name,
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -80,24 +80,24 @@ def fisher_rao_norm(
     seed: Seed = 0,
     progress: bool = True,
 ) -> FisherRaoResult:
-    """Return θᵀ F θ with the Fisher matrix F: unchanged by every rescaling that keeps the function.
+    """Return θᵀ F θ with the Fisher matrix F, unchanged by rescalings that keep the function.
 
-    The Fisher–Rao norm of Liang et al. 2019 (arXiv:1711.01530, definition 2), as its square. The
-    default matrix is that of the model's own predictions, the other that of the labels
-    given: the paper has both (section 4.1). It takes one product.
+    This is the square of the Fisher–Rao norm of Liang et al. 2019 (arXiv:1711.01530,
+    definition 2). The default matrix is that of the model's own predictions, the empirical one
+    that of the given labels; the paper has both (section 4.1). It takes one product.
 
     Args:
-        objective: with `loss_fn`, as `FisherOperator` takes it.
-        kind: "exact" or "empirical", as of `FisherOperator`.
-        seed: unused, as nothing is random; every measure takes one.
-        progress: unused, as one product shows none; every measure takes it.
+        objective: an objective with `loss_fn`, as for `FisherOperator`.
+        kind: "exact" or "empirical", as for `FisherOperator`.
+        seed: unused, since nothing is random; every measure has this argument.
+        progress: unused, since it takes one product; every measure has this argument.
 
     Returns:
         The squared norm.
 
     Raises:
-        InvalidArgumentError: the objective has `batch_loss`, the loss is no likelihood that is
-            known ("exact"), or examples cannot be told apart ("empirical").
+        InvalidArgumentError: the objective has `batch_loss`, the loss is not a known likelihood
+            ("exact"), or the examples cannot be separated ("empirical").
         NonFiniteError: the product holds NaN or infinity.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The norm of the gradient: how far a point is from being stationary."""
+"""The norm of the gradient, which shows how far a point is from being stationary."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["GradientNormResult", "gradient_norm"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GradientNormResult(MeasureResult):
-    """‖∇L(θ)‖₂, and the same of each parameter tensor.
+    """The norm of the gradient, overall and for each parameter tensor.
 
     Attributes:
         value: ‖∇L(θ)‖₂.
         largest: max |∂L/∂θ_i|.
-        tensors: the norm of the gradient by each parameter tensor; their squares add up.
+        tensors: the norm for each parameter tensor; their squares add up to that of `value`.
         loss: L(θ).
         outcome: completed.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -47,7 +47,7 @@ class GradientNormResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the norm as one line of a report."""
         return (Measurement("gradient norm ‖∇L‖", self.value, None, "", None, "1 gradient"),)
 
     def _table(self) -> Table:
@@ -58,25 +58,25 @@ class GradientNormResult(MeasureResult):
                 *((name, format_number(norm)) for name, norm in self.tensors.items()),
             ),
             title=f"Gradient norm, loss {format_number(self.loss)}",
-            notes=self._said(f"Largest entry: {format_number(self.largest)}."),
+            notes=self._make_notes(f"Largest entry: {format_number(self.largest)}."),
         )
 
 
 def gradient_norm(
     objective: Objective, *, seed: Seed = 0, progress: bool = True
 ) -> GradientNormResult:
-    """Return ‖∇L(θ)‖₂: zero at a minimum, and so a test of whether the point is one.
+    """Return ‖∇L(θ)‖₂, which is zero at a minimum.
 
     Args:
-        objective: what is differentiated.
-        seed: unused, as nothing is random; every measure takes one.
-        progress: unused, as one gradient shows none; every measure takes it.
+        objective: the objective to differentiate.
+        seed: unused, since nothing is random; every measure has this argument.
+        progress: unused, since it takes one gradient; every measure has this argument.
 
     Returns:
-        The norm over all selected parameters and of each tensor, added up in float64.
+        The norm over all selected parameters and for each tensor, added up in float64.
 
     Raises:
-        NonFiniteError: loss or gradient holds NaN or infinity.
+        NonFiniteError: the loss or the gradient holds NaN or infinity.
 
     Examples:
         >>> import torch, flatminima as fm

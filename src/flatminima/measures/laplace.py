@@ -1,4 +1,4 @@
-"""The evidence of a model by Laplace's approximation: how much posterior mass a minimum holds."""
+"""The evidence of a model by Laplace's approximation: the posterior mass of a minimum."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ __all__ = ["LaplaceResult", "laplace_log_evidence"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LaplaceResult(MeasureResult):
-    """The logarithm of the evidence, and what it is made of.
+    """The logarithm of the evidence, and its three parts.
 
     Attributes:
         value: log p(data), natural logarithm: the sum of the three parts.
-        standard_error: of `value`, from the spread of the random vectors.
-        quadrature_error: an estimate of what more steps would change.
+        standard_error: standard error of `value`, from the spread over the random vectors.
+        quadrature_error: an estimate of how much more steps would change.
         log_likelihood: −N L(θ).
         log_prior: −½ τ ‖θ‖² + ½ n log τ.
-        log_volume: −½ log det(N G + τ I): the larger, the flatter.
+        log_volume: −½ log det(N G + τ I); the larger, the flatter.
         prior_precision: τ.
-        optimised: whether τ is the one that makes the evidence largest.
-        effective_parameters: γ = tr N G (N G + τ I)⁻¹, of the n parameters those that the data
+        optimised: whether τ was chosen to maximise the evidence.
+        effective_parameters: γ = tr N G (N G + τ I)⁻¹, how many of the n parameters the data
             determine.
         observations: N.
         size: n.
-        products: with the operator.
+        products: number of products with the operator.
         outcome: completed.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -74,7 +74,7 @@ class LaplaceResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the log evidence as one line of a report."""
         prior = "τ optimised" if self.optimised else f"τ = {self.prior_precision:g}"
         name = f"Laplace log evidence, {prior}"
         return self._line(name, f"{self.products} products", self.standard_error, "standard error")
@@ -95,7 +95,7 @@ class LaplaceResult(MeasureResult):
             ),
             title=f"Laplace log evidence: {self.size} parameters, {self.observations:g} "
             f"observations, {self.products} products",
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -111,41 +111,41 @@ def laplace_log_evidence(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LaplaceResult:
-    """Return log p(data) of a model by Laplace's approximation at its present parameters.
+    """Estimate log p(data) of a model by Laplace's approximation at its current parameters.
 
-    log p(data) ≈ −N L(θ) − ½ τ ‖θ‖² + ½ n log τ − ½ log det(N G + τ I), with the prior
-    N(0, I / τ) on the selected parameters, the loss a negative log-likelihood summed over N
-    observations, and G the Gauss–Newton matrix (MacKay 1992,
+    log p(data) ≈ −N L(θ) − ½ τ ‖θ‖² + ½ n log τ − ½ log det(N G + τ I). The prior on the selected
+    parameters is N(0, I / τ), N L is a negative log-likelihood summed over N observations, and G
+    is the Gauss–Newton matrix (MacKay 1992,
     [doi:10.1162/neco.1992.4.3.448](https://doi.org/10.1162/neco.1992.4.3.448), equations 3.2 and
     4.7; Immer et al. 2021, arXiv:2104.04975). The last term is the volume of the minimum: a flat
-    one holds more posterior mass. The determinant comes from the quadrature of
+    minimum holds more posterior mass. The determinant comes from the quadrature of
     `spectral_density`, matrix-free.
 
-    θ should be a minimum of L + τ ‖θ‖² / 2N. The evidence is compared between models with the same
-    data, and, unlike sharpness, has no free scale when τ is optimised, which is done with the same
-    products: the maximum is where τ ‖θ‖² = γ.
+    θ should be a minimum of L + τ ‖θ‖² / 2N. Compare the evidence between models with the same
+    data. Unlike sharpness, it has no free scale if τ is optimised; this takes no more products, as
+    the maximum is where τ ‖θ‖² = γ.
 
     Args:
-        objective: with `loss_fn`; a mean over observations, such as cross-entropy.
-        prior_precision: τ, or "optimise" (also "optimize") for the one that makes the evidence
-            largest.
-        operator: in the place of G, such as `FisherOperator(objective)`; it must be positive
-            semi-definite.
-        observations: N, where the loss's own count is not that of independent observations. By
-            default Σ w: the labels of a cross-entropy, the elements of a squared error, which is
-            then a normal likelihood of variance ½ without its constant.
+        objective: an objective with `loss_fn`, whose loss is a mean over observations, such as
+            cross-entropy.
+        prior_precision: τ, or "optimise" (also "optimize") for the τ that maximises the evidence.
+        operator: replaces G, for example `FisherOperator(objective)`; it must be positive
+            semi-definite. Default: the Gauss–Newton matrix.
+        observations: N, if it differs from the count of the loss. Default: Σ w, the number of
+            labels for a cross-entropy and of elements for a squared error, which is then a normal
+            likelihood of variance ½ without its constant.
         probes: as in `spectral_density`.
         steps: as in `spectral_density`.
-        outliers: as in `spectral_density`: taken out of N G, they make the error smaller.
-        seed: of the random vectors.
+        outliers: as in `spectral_density`; taking them out of N G reduces the error.
+        seed: seed of the random vectors.
         progress: show a bar if it takes long.
 
     Returns:
-        The value, its errors and parts.
+        The log evidence with its errors and parts.
 
     Raises:
         InvalidArgumentError: the objective has `batch_loss` and no operator is given; τ or N is
-            not positive; "optimise" where all parameters are zero, or G is.
+            not positive; or τ is to be optimised but all parameters, or G, are zero.
         NotPositiveDefiniteError: N G + τ I is indefinite.
         NonFiniteError: the loss or a product holds NaN or infinity.
 
@@ -163,7 +163,7 @@ def laplace_log_evidence(
     optimise = isinstance(prior_precision, str)
     if optimise and prior_precision not in ("optimise", "optimize"):
         raise InvalidArgumentError(
-            f"The 'prior_precision' argument of {call} must be a number above 0 or 'optimise'; got "
+            f"The 'prior_precision' argument of {call} must be a number > 0 or 'optimise'; got "
             f"{prior_precision!r}."
         )
     tau = 1.0 if optimise else check_positive(call, "prior_precision", prior_precision)
@@ -192,15 +192,15 @@ def laplace_log_evidence(
         progress=progress,
     )
     if optimise:
-        tau = _best(found, count, squares)
-    # What rounding has made of eigenvalues of zero is zero.
+        tau = _optimize_precision(found, count, squares)
+    # Negative eigenvalues within rounding are set to zero.
     least = 0.0 if found.smallest >= -found.resolution else -math.inf
     if least < 0 and count * found.smallest + tau <= count * found.resolution:
         needed = -1.01 * count * found.smallest
         raise NotPositiveDefiniteError(
             f"{call} needs N G + {tau:.3g} I to be positive definite, but the operator has an "
-            f"eigenvalue of {format_number(found.smallest)} or below, with N = {count:g}. Leave "
-            f"operator= out for the Gauss–Newton matrix, or take prior_precision={needed:.4g} or "
+            f"eigenvalue of {format_number(found.smallest)} or below, with N = {count:g}. Omit "
+            f"operator= to use the Gauss–Newton matrix, or use prior_precision={needed:.4g} or "
             "more.",
             found.smallest,
             tau / count,
@@ -221,7 +221,7 @@ def laplace_log_evidence(
         log_volume=-total.value / 2,
         prior_precision=tau,
         optimised=optimise,
-        effective_parameters=_effective(found, count, tau),
+        effective_parameters=_count_effective(found, count, tau),
         observations=count,
         size=objective.size,
         products=found.products,
@@ -231,28 +231,28 @@ def laplace_log_evidence(
     )
 
 
-def _effective(found: Quadrature, count: float, tau: float) -> float:
-    """Return γ; eigenvalues below zero count for nothing."""
+def _count_effective(found: Quadrature, count: float, tau: float) -> float:
+    """Return γ, with negative eigenvalues set to zero."""
     values = found.sum(lambda v: (count * v).clamp(min=0) / ((count * v).clamp(min=0) + tau))
     return values.value
 
 
-def _best(found: Quadrature, count: float, squares: float) -> float:
-    """Return the τ with τ ‖θ‖² = γ(τ): the left side rises with τ, the right one falls."""
+def _optimize_precision(found: Quadrature, count: float, squares: float) -> float:
+    """Return the τ with τ ‖θ‖² = γ(τ), whose left side rises with τ while the right side falls."""
     from scipy.optimize import brentq
 
-    if squares == 0 or _effective(found, count, 1e-300) <= 0:
+    if squares == 0 or _count_effective(found, count, 1e-300) <= 0:
         what = "all parameters are zero" if squares == 0 else "the matrix is zero"
         raise InvalidArgumentError(
-            f"laplace_log_evidence cannot optimise the prior precision: {what}, so that the "
-            "evidence grows without end. Give prior_precision= a number."
+            f"laplace_log_evidence cannot optimise the prior precision: {what}, so the evidence "
+            "grows without bound. Set prior_precision= to a number."
         )
 
     def gap(logarithm: float) -> float:
         tau = math.exp(logarithm)
-        return tau * squares - _effective(found, count, tau)
+        return tau * squares - _count_effective(found, count, tau)
 
-    # γ lies between 0 and n, so that the sign is known at the upper end.
+    # γ lies between 0 and n, so the sign at the upper end is known.
     high = math.log(found.size / squares)
     low = high - 1.0
     while gap(low) > 0 and low > high - 600:

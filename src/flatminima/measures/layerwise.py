@@ -1,4 +1,4 @@
-"""Curvature of each part of a model."""
+"""The curvature of the loss for each module of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algorithms.eigen.lanczos import LanczosSteps, Steps
 from ..algorithms.eigen.result import EigenResult, check_tolerance
-from ..algorithms.estimators.probes import deflated_samples, mean_and_spread
+from ..algorithms.estimators.probes import mean_and_spread, sample_traces
 from ..errors import ConvergenceWarning, warn
 from ..objective.objective import Objective, check_objective
 from ..operators.hessian import HessianOperator
@@ -27,14 +27,16 @@ class LayerCurvature(Result):
     """The curvature of the loss along the parameters of one module.
 
     Attributes:
-        name: of the module, as in `model.named_modules()`; "" for the model's own parameters.
-        parameters: how many of its parameters are selected.
-        trace: of its diagonal block of the Hessian.
+        name: name of the module, as in `model.named_modules()`; "" for parameters of the model
+            itself.
+        parameters: number of its selected parameters.
+        trace: trace of its diagonal block of the Hessian.
         trace_error: standard error of `trace`.
-        eigenvalue: the largest eigenvalue of the block.
-        residual: ‖H u − λ u‖ in the block: some eigenvalue of it lies within that of λ.
-        products: of the block with a vector, for the eigenvalue.
-        outcome: of the eigenvalue.
+        eigenvalue: largest eigenvalue of the block.
+        residual: ‖H u − λ u‖ in the block; an eigenvalue of the block lies within this distance
+            of λ.
+        products: number of products with the block, for the eigenvalue.
+        outcome: outcome of the computation of the eigenvalue.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -78,13 +80,13 @@ class LayerwiseResult(Result):
     """Trace and largest eigenvalue of the Hessian's diagonal block of each module.
 
     Attributes:
-        layers: one for each module, in the model's order.
-        trace: of the whole Hessian, the sum of the blocks' traces.
-        trace_products: products with the whole Hessian, for the traces.
-        passes: over the data, for the eigenvalues of all blocks together.
-        outcome: converged where every block's eigenvalue is; otherwise the first other one.
-        notes: what a reader should know about how it was measured.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
+        layers: one entry for each module, in the order of the model.
+        trace: trace of the whole Hessian, the sum of the traces of the blocks.
+        trace_products: number of products with the whole Hessian, for the traces.
+        passes: number of passes over the data, for the eigenvalues of all blocks together.
+        outcome: converged if the eigenvalue of every block has; otherwise the first other outcome.
+        notes: remarks on the computation.
+        readings: how many times the data were read again; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -127,34 +129,35 @@ def layerwise(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LayerwiseResult:
-    """Trace and largest eigenvalue of the Hessian for each module by itself.
+    """Compute trace and largest eigenvalue of each module's diagonal block of the Hessian.
 
-    The traces come from the same Rademacher vectors (Hutchinson 1989): for a probe z, the part
-    of zᵀ H z that lies in a block is an unbiased estimate of the block's trace, so all of them
-    cost one product for each probe. The eigenvalues come from one Lanczos iteration for each
-    block, all advanced together: each pass reads a batch once, builds the graph of its gradient
-    once, and differentiates for each block that is not done yet only what lies between its
-    gradient and its parameters.
+    All traces come from the same Rademacher vectors (Hutchinson 1989). For a random vector z, the
+    part of zᵀ H z in a block is an unbiased estimate of the trace of that block, so one product
+    with each vector serves all blocks. The eigenvalues come from one Lanczos iteration for each
+    block, and all iterations advance together. Each pass reads a batch once and builds the graph
+    of its gradient once; for each unfinished block it then differentiates only the part of the
+    graph between the gradient and the parameters of that block.
 
     Args:
-        objective: its selected parameters are divided among the modules that own them.
-        depth: how many parts of a module's name tell modules apart: with 1, `encoder.0.weight`
-            and `encoder.1.weight` are both of "encoder". None takes each module by itself.
-        trace_products: number of probes, two at least.
-        tol: a block's eigenvalue is converged when ‖H u − λ u‖ ≤ tol · max |Ritz value|.
+        objective: the objective; its selected parameters are grouped by the modules that own them.
+        depth: number of parts of a module's name that distinguish modules: with 1,
+            `encoder.0.weight` and `encoder.1.weight` both belong to "encoder". None treats every
+            module separately.
+        trace_products: number of random vectors, at least two.
+        tol: the eigenvalue of a block has converged when ‖H u − λ u‖ ≤ tol · max |Ritz value|.
         max_products: limit on products with each block.
-        seed: of the probes and the start vectors.
+        seed: seed of the random vectors and start vectors.
         progress: show a bar if it takes long.
 
     Returns:
         One entry for each module, each number with its error.
 
     Raises:
-        InvalidArgumentError: counts or a tolerance out of range.
+        InvalidArgumentError: a count or the tolerance is out of range.
         NonFiniteError: a product holds NaN or infinity.
 
     Warns:
-        ConvergenceWarning: some eigenvalues did not converge; the result says which.
+        ConvergenceWarning: some eigenvalues did not converge; the result shows which.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -174,11 +177,13 @@ def layerwise(
     check_integer(call, "max_products", max_products, low=1)
     operator = HessianOperator(objective)
     before = operator.readings
-    groups = _groups(objective, depth)
+    groups = _group_by_module(objective, depth)
     generator = as_generator(seed, objective.device)
     with operator.session():
-        traces, errors = _traces(operator, groups, trace_products, generator, progress)
-        solvers, passes = _eigenvalues(operator, groups, tol, max_products, generator, progress)
+        traces, errors = _estimate_traces(operator, groups, trace_products, generator, progress)
+        solvers, passes = _compute_eigenvalues(
+            operator, groups, tol, max_products, generator, progress
+        )
     layers = []
     for (name, block), value, error, solver in zip(
         groups.items(), traces, errors, solvers, strict=True
@@ -200,8 +205,8 @@ def layerwise(
         warn(
             f"layerwise: the largest eigenvalue did not converge in {len(late)} of {len(layers)} "
             f"modules ({', '.join(repr(layer.name) for layer in late[:3])}"
-            f"{', ...' if len(late) > 3 else ''}); their outcomes "
-            "say why. Raise max_products or tol.",
+            f"{', ...' if len(late) > 3 else ''}); see their outcomes. "
+            "Increase max_products or tol.",
             ConvergenceWarning,
         )
     return LayerwiseResult(
@@ -215,8 +220,8 @@ def layerwise(
     )
 
 
-def _groups(objective: Objective, depth: int | None) -> dict[str, list[int]]:
-    """Return the positions of each module's parameters in the layout."""
+def _group_by_module(objective: Objective, depth: int | None) -> dict[str, list[int]]:
+    """Return the positions in the layout of the parameters of each module."""
     groups: dict[str, list[int]] = {}
     for position, name in enumerate(objective.layout.names):
         if objective.layout.sizes[position] == 0:
@@ -226,24 +231,24 @@ def _groups(objective: Objective, depth: int | None) -> dict[str, list[int]]:
     return groups
 
 
-def _traces(
+def _estimate_traces(
     operator: HessianOperator,
     groups: dict[str, list[int]],
     products: int,
     generator: torch.Generator,
     progress: bool,
 ) -> tuple[list[float], list[float]]:
-    """For each group the trace of its block, and its standard error."""
+    """Return the traces of the groups' blocks, and their standard errors."""
     with progress_bar("layerwise: traces", total=products, unit="product", show=progress) as bar:
         sizes = operator.objective.layout.sizes
-        samples = deflated_samples(operator, products, generator, sizes, bar.update)
+        samples = sample_traces(operator, products, generator, sizes, bar.update)
     values, errors = mean_and_spread(
         torch.stack([samples[:, g].sum(dim=1) for g in groups.values()], dim=1)
     )
     return values.tolist(), errors.tolist()
 
 
-def _eigenvalues(
+def _compute_eigenvalues(
     operator: HessianOperator,
     groups: dict[str, list[int]],
     tol: float,
@@ -251,7 +256,7 @@ def _eigenvalues(
     generator: torch.Generator,
     progress: bool,
 ) -> tuple[list[EigenResult], int]:
-    """The largest eigenpair of each group's block, and the passes over the data that it took."""
+    """Return the largest eigenpair of each group's block, and the number of passes taken."""
     places = [place for _, place in operator.objective.layout.slices()]
     results: dict[str, EigenResult] = {}
     waiting: dict[str, tuple[Steps[EigenResult], Tensor]] = {}

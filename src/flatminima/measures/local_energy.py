@@ -1,4 +1,4 @@
-"""Local energy: how the training error rises with multiplicative noise."""
+"""Local energy: the rise of the training error with multiplicative noise."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ class LocalEnergyResult(MeasureResult):
 
     Attributes:
         value: the mean of the curve over σ from 0 to the largest, by the trapezoid rule.
-        standard_error: of `value`, from the spread of the draws.
-        sigmas: ascending.
-        rises: E error(θ + σ z ⊙ θ) − error(θ) at each.
-        standard_errors: of `rises`.
+        standard_error: standard error of `value`, from the spread of the draws.
+        sigmas: σ, ascending.
+        rises: E error(θ + σ z ⊙ θ) − error(θ) at each σ.
+        standard_errors: standard errors of `rises`.
         on: "error" or "loss".
-        base: the error, or the loss, at θ.
-        samples: draws of z, the same at every σ.
-        evaluations: passes over the data.
-        outcome: completed, or completed with values that are not finite or all within rounding.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        base: the error or the loss at θ.
+        samples: number of draws of z, the same at every σ.
+        evaluations: number of passes over the data.
+        outcome: completed; not finite at some points; or below rounding, if all rises are within
+            the rounding of the loss.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -68,14 +69,14 @@ class LocalEnergyResult(MeasureResult):
 
     @property
     def name(self) -> str:
-        """With its settings."""
+        """The name of the measure, with its settings."""
         sizes = f"≤ {self.sigmas[-1]:g}"
         if self.sigmas != SIGMAS:
             sizes = "= " + ", ".join(f"{s:g}" for s in self.sigmas)
         return f"local energy ({self.on}), σ {sizes}"
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the mean of the curve as one line of a report."""
         return self._line(
             self.name, f"{self.evaluations} losses", self.standard_error, "standard error"
         )
@@ -89,7 +90,7 @@ class LocalEnergyResult(MeasureResult):
                 *((f"{s:g}", format_number(r), format_number(e, 2)) for s, r, e in curve),
             ),
             title=f"Local energy, {self.samples} draws, {self.on} at θ {format_number(self.base)}",
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -102,27 +103,27 @@ def local_energy(
     seed: Seed = 0,
     progress: bool = True,
 ) -> LocalEnergyResult:
-    """Return how the training error rises with noise in proportion to each parameter, as a curve.
+    """Estimate the rise of the training error under noise proportional to each parameter.
 
-    δE(σ) = E error(θ + σ z ⊙ θ) − error(θ), z ~ N(0, I): low in wide valleys (Pittorino et al.
-    2021, arXiv:2006.07897; Baldassi et al. 2020, doi:10.1073/pnas.1908636117). The
-    number that is kept of it here is the mean of the curve over σ, so that one that rises late
-    is flatter than one that rises early. The same draws serve every σ.
+    δE(σ) = E error(θ + σ z ⊙ θ) − error(θ) with z ~ N(0, I) is low in wide valleys (Pittorino et
+    al. 2021, arXiv:2006.07897; Baldassi et al. 2020, doi:10.1073/pnas.1908636117). The value
+    returned is the mean of the curve over σ: a curve that rises later counts as flatter. The same
+    draws are used for every σ.
 
     Args:
-        objective: a classifier with `loss_fn` on its training data; with on="loss" any.
+        objective: a classifier with `loss_fn` on its training data; with on="loss" any objective.
         sigmas: sizes of the noise, relative to each parameter.
         on: "error", the fraction of wrong labels, or "loss".
-        samples: draws of z, 2 at least.
-        seed: of the draws.
+        samples: number of draws of z, at least 2.
+        seed: seed of the draws.
         progress: show a bar if it takes long.
 
     Returns:
         The curve, with a standard error at each σ, and its mean.
 
     Raises:
-        InvalidArgumentError: σ that are not positive or given twice, too few samples, a tensor of
-            zeros, or on="error" for a model that is no classifier.
+        InvalidArgumentError: a σ is not positive or given twice, there are too few samples, a
+            tensor is all zeros, or on="error" is used for a model that is not a classifier.
         NonFiniteError: L(θ) is NaN or infinite.
 
     Examples:
@@ -137,13 +138,13 @@ def local_energy(
     """
     call = "local_energy"
     check_objective(call, objective)
-    sizes = _sizes(call, sigmas)
+    sizes = _check_sigmas(call, sigmas)
     check_integer(call, "samples", samples, low=2)
     before = objective.batches.readings
     rise = NoisyRise(call, objective, on=on, adaptive=True, samples=samples, seed=seed)
     total = len(sizes) * samples
     with progress_bar("local energy", total=total, unit="loss", show=progress) as bar:
-        rises = np.array([rise.at(sigma, bar.update).numpy() for sigma in sizes])
+        rises = np.array([rise.measure(sigma, bar.update).numpy() for sigma in sizes])
     # The curve begins at the origin.
     steps = np.diff(sizes, prepend=0.0)
     weights = (steps + np.append(steps[1:], 0.0)) / 2 / sizes[-1]
@@ -170,8 +171,8 @@ def local_energy(
     )
 
 
-def _sizes(call: str, sigmas: object) -> tuple[float, ...]:
-    """Return the positive numbers, ascending."""
+def _check_sigmas(call: str, sigmas: object) -> tuple[float, ...]:
+    """Return `sigmas` in ascending order, if they are positive and different."""
     if isinstance(sigmas, str) or not isinstance(sigmas, Iterable):
         raise ArgumentTypeError(
             f"The 'sigmas' argument of {call} must be a list of numbers; got {sigmas!r}."
@@ -179,7 +180,7 @@ def _sizes(call: str, sigmas: object) -> tuple[float, ...]:
     sizes = sorted(check_positive(call, "sigmas", s) for s in sigmas)
     if not sizes or len(set(sizes)) < len(sizes):
         raise InvalidArgumentError(
-            f"The 'sigmas' argument of {call} must hold different numbers, one at least; got "
+            f"The 'sigmas' argument of {call} must hold one or more different numbers; got "
             f"{sigmas!r}."
         )
     return tuple(sizes)

@@ -1,4 +1,4 @@
-"""Gaussian noise on the parameters, the same for each of its sizes, and what it is relative to."""
+"""Gaussian noise on the parameters, with the same draws for every size of the noise."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..objective.metrics import Metric, classification_error
 from ..objective.objective import Objective
 from ..support.checks import check_choice
 from ..support.precision import resolution
-from ..support.randomness import Seed, one_seed
+from ..support.randomness import Seed, draw_seed
 
-__all__ = ["Noise", "NoisyRise", "magnitudes"]
+__all__ = ["Noise", "NoisyRise", "compute_magnitudes"]
 
 
-def magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | None:
-    """Return c = |θ|, shape (n,), or None for ones.
+def compute_magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | None:
+    """Return c = |θ|, shape (n,), if `adaptive`; otherwise None, which stands for ones.
 
     Raises:
-        InvalidArgumentError: a tensor is all zeros, so that none of it would ever move.
+        InvalidArgumentError: a tensor is all zeros, so it would never move.
     """
     if not adaptive:
         return None
@@ -33,25 +33,26 @@ def magnitudes(call: str, objective: Objective, *, adaptive: bool) -> Tensor | N
     if dead:
         shown = ", ".join(repr(name) for name in dead[:3]) + (", …" if len(dead) > 3 else "")
         raise InvalidArgumentError(
-            f"{call} with noise or steps in proportion to |θ| would never move {shown}, where all "
-            "parameters are zero: the number would be that of the others alone. Leave "
-            f"{'it' if len(dead) == 1 else 'them'} out with params=, or take an absolute measure."
+            f"{call} with noise or steps proportional to |θ| would never move {shown}, where all "
+            "parameters are zero: the number would only be that of the other parameters. Leave "
+            f"{'it' if len(dead) == 1 else 'them'} out with params=, or use a measure with "
+            "absolute noise or steps."
         )
     return sizes
 
 
 class Noise:
-    """z ~ N(0, I) in the parameters, scaled by c: draw i is the same whatever its size.
+    """Noise z ~ N(0, I) on the parameters, scaled by c; draw i is the same for every size.
 
     Args:
-        objective: whose parameters.
+        objective: gives the parameters.
         scale: c, shape (n,), or None for ones.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     def __init__(self, objective: Objective, scale: Tensor | None, seed: Seed) -> None:
         self._objective, self._scale = objective, scale
-        self._seed = one_seed(seed, objective.device)
+        self._seed = draw_seed(seed, objective.device)
 
     def draws(self, count: int) -> Iterator[Tensor]:
         """Yield c ⊙ z for the first `count` draws, each a new vector (n,)."""
@@ -67,20 +68,20 @@ class Noise:
 
 
 class NoisyRise:
-    """By how much each of some draws of noise raises the loss or the classification error.
+    """The rise of the loss or the classification error under each of several draws of noise.
 
     Args:
-        call: for messages.
-        objective: what is evaluated.
+        call: named in messages.
+        objective: is evaluated.
         on: "error" or "loss".
-        adaptive: noise in proportion to |θ|.
+        adaptive: make the noise proportional to |θ|.
         samples: number of draws, the same for every σ.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Attributes:
-        base: the error, or the loss, at θ.
-        resolution: rises as small as that may be rounding of the loss.
-        evaluations: passes over the data so far.
+        base: the error or the loss at θ.
+        resolution: size up to which a rise may be rounding of the loss.
+        evaluations: number of passes over the data so far.
     """
 
     def __init__(
@@ -95,32 +96,37 @@ class NoisyRise:
     ) -> None:
         check_choice(call, "on", on, ("error", "loss"))
         self._objective, self._samples = objective, samples
-        self._noise = Noise(objective, magnitudes(call, objective, adaptive=adaptive), seed)
+        self._noise = Noise(objective, compute_magnitudes(call, objective, adaptive=adaptive), seed)
         self._metrics: dict[str, Metric] = {}
         if on == "error":
             if objective.loss_fn is None:
                 raise InvalidArgumentError(
                     f"{call}(on='error') compares outputs with labels, which batch_loss= does not "
-                    "show; give the objective loss_fn=, or use on='loss'."
+                    "provide; make the objective with loss_fn=, or use on='loss'."
                 )
             self._metrics["error"] = classification_error(call, objective.loss_fn)
         loss, metrics = objective.evaluate_state({}, self._metrics)
         if not math.isfinite(loss):
-            objective.loss()  # which raises, with the batch
+            objective.loss()  # raises an error that names the batch
         self.base = metrics.get("error", loss)
         self.evaluations = 1
-        # Errors are counted, and so exact.
+        # Classification errors are counted, hence exact.
         self.resolution = (
             0.0 if self._metrics else resolution(objective.model, objective.device, loss)
         )
 
-    def at(self, sigma: float, tell: Callable[[], object]) -> Tensor:
-        """The rise of each draw at σ, shape (samples,) in float64; `tell` is called for each."""
+    def measure(self, sigma: float, report: Callable[[], object]) -> Tensor:
+        """Return the rise for each draw at σ, shape (samples,), in float64.
+
+        Args:
+            sigma: σ.
+            report: called for each draw.
+        """
         layout, point = self._objective.layout, self._objective.point()
 
         def states() -> Iterator[dict[str, Tensor]]:
             for displacement in self._noise.displacements(sigma, self._samples):
-                tell()
+                report()
                 moved = displacement.add_(point)
                 yield dict(zip(layout.names, layout.unflatten(moved), strict=True))
 

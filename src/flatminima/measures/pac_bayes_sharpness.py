@@ -1,4 +1,4 @@
-"""How much noise a classifier bears: PAC-Bayes sharpness."""
+"""PAC-Bayes sharpness: how much noise a classifier tolerates."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .result import Measurement, MeasureResult
 __all__ = ["PacBayesResult", "pac_bayes_sharpness"]
 
 DOUBLINGS, HALVINGS = 12, 30
-"""From the first σ. Beyond 400 times the size of the parameters these hardly count any more, so
-that the error rises no further; towards zero there is no such end."""
+"""Limits, from the first σ. Beyond 400 times the size of the parameters, these hardly matter and
+the error rises no further; towards zero there is no such end."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -34,24 +34,25 @@ class PacBayesResult(MeasureResult):
 
     Attributes:
         value: 1 / σ².
-        standard_error: of `value`, as the draws of noise are few; NaN where it is not known.
+        standard_error: standard error of `value`, due to the small number of draws; NaN if it is
+            unknown.
         sigma: σ.
-        sigma_error: its standard error.
-        upper: the smallest σ that was found to be too large; σ lies below it. Infinity where none
-            was.
+        sigma_error: standard error of `sigma`.
+        upper: the smallest σ found to be too large, an upper bound of σ; infinity if there is
+            none.
         rise: the mean rise at σ, at most the target.
         target: the rise that is allowed.
         on: "error" or "loss".
-        base: the error, or the loss, at θ.
-        adaptive: whether the noise is in proportion to |θ|.
-        samples: draws of noise.
+        base: the error or the loss at θ.
+        adaptive: whether the noise is proportional to |θ|.
+        samples: number of draws of the noise.
         sigmas: every σ that was tried, ascending.
-        rises: the mean rise at each.
-        evaluations: passes over the data.
-        outcome: completed; not reached, when no σ tried was too large, or none small enough; or
-            below rounding, when the target is no more than the rounding of the loss.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        rises: the mean rise at each σ.
+        evaluations: number of passes over the data.
+        outcome: completed; not reached, if no σ tried was too large, or none small enough; or
+            below rounding, if the target is not larger than the rounding error of the loss.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -84,12 +85,12 @@ class PacBayesResult(MeasureResult):
 
     @property
     def name(self) -> str:
-        """With its settings."""
+        """The name of the measure, with its settings."""
         how = "magnitude-aware PAC-Bayes" if self.adaptive else "PAC-Bayes"
         return f"{how} sharpness 1/σ², {self.on} + {self.target:g}"
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return 1 / σ² as one line of a report."""
         error = None if math.isnan(self.standard_error) else self.standard_error
         return self._line(self.name, f"{self.evaluations} losses", error, "standard error")
 
@@ -107,7 +108,7 @@ class PacBayesResult(MeasureResult):
                 (f"{self.on} at θ", format_number(self.base), ""),
             ),
             title=self.name[0].upper() + self.name[1:],
-            notes=self._said(f"{len(self.sigmas)} values of σ, {self.samples} draws each."),
+            notes=self._make_notes(f"{len(self.sigmas)} values of σ, {self.samples} draws each."),
         )
 
 
@@ -122,34 +123,35 @@ def pac_bayes_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> PacBayesResult:
-    """Return 1 / σ² of the largest Gaussian noise under which the training error rises by `target`.
+    """Estimate 1 / σ² for the largest Gaussian noise that raises the error by at most `target`.
 
     σ = max { σ : E error(θ + σ c ⊙ z) − error(θ) ≤ target }, z ~ N(0, I) (Jiang et al. 2020,
-    arXiv:1912.02178, whose 1 / σ² is the sharpness that PAC-Bayes bounds hold). c is
-    1, or with `adaptive` |θ| element by element, the magnitude-aware variant, without the small
-    constant that the paper adds to keep zeros moving.
+    arXiv:1912.02178, where 1 / σ² is the sharpness in PAC-Bayes bounds). c is 1, or with
+    `adaptive` |θ| element by element: the magnitude-aware variant, without the small constant that
+    the paper adds to keep zeros moving.
 
-    The expectation is over the same draws of z for every σ, so that the rise changes smoothly with
-    it. σ is doubled (or halved) from a tenth of the parameters' root mean square until the target
-    is passed, which is then enclosed by bisection of log σ. Where the rise is not monotone, the
-    crossing that this finds is one of several.
+    The expectation uses the same draws of z for every σ, so the rise changes smoothly with σ.
+    Starting from a tenth of the parameters' root mean square (with `adaptive` from 0.1), σ is
+    doubled or halved until the target is crossed. The crossing is then enclosed by bisection of
+    log σ. If the rise is not monotone, it is one of several crossings.
 
     Args:
-        objective: a classifier with `loss_fn` on its training data; with on="loss" any.
-        target: the rise that is allowed, 0.1 = ten percentage points of error.
+        objective: a classifier with `loss_fn` on its training data; with on="loss" any objective.
+        target: the rise that is allowed; 0.1 is ten percentage points of error.
         on: "error", the fraction of wrong labels, or "loss".
-        adaptive: noise in proportion to |θ|. Parameters that are zero do not move.
-        samples: draws of z, 2 at least.
+        adaptive: make the noise proportional to |θ|. Parameters that are zero do not move.
+        samples: number of draws of z, at least 2.
         tol: relative width of the last bracket of σ, below 1.
-        seed: of the draws.
+        seed: seed of the draws.
         progress: show a bar if it takes long.
 
     Returns:
-        1 / σ² and σ, with the errors that so few draws leave, and every σ that was tried.
+        1 / σ² and σ, with errors due to the small number of draws, and every σ that was tried.
 
     Raises:
-        InvalidArgumentError: target or `tol` out of range, too few samples, `adaptive` with a
-            tensor of zeros, or on="error" for a model that is no classifier.
+        InvalidArgumentError: `target` or `tol` is out of range, there are too few samples,
+            `adaptive` meets a tensor of zeros, or on="error" is used for a model that is not a
+            classifier.
         NonFiniteError: L(θ) is NaN or infinite.
 
     Examples:
@@ -171,7 +173,7 @@ def pac_bayes_sharpness(
     check_integer(call, "samples", samples, low=2)
     before = objective.batches.readings
     rise = NoisyRise(call, objective, on=on, adaptive=adaptive, samples=samples, seed=seed)
-    # Where the noise is relative, to the parameters, and else to their size.
+    # Adaptive noise is already relative to the parameters; otherwise their size sets the start.
     start = 0.1
     if not adaptive:
         start *= float(objective.point().double().square().mean().sqrt()) or 1.0
@@ -179,20 +181,20 @@ def pac_bayes_sharpness(
     with progress_bar("PAC-Bayes sharpness", total=None, unit="loss", show=progress) as bar:
 
         def too_large(sigma: float) -> bool:
-            tried[sigma] = rise.at(sigma, bar.update)
+            tried[sigma] = rise.measure(sigma, bar.update)
             bar.set_postfix_str(f"σ = {sigma:.3g}", refresh=False)
-            # Not ">", which NaN would pass.
+            # Not ">", since NaN must count as too large.
             return not _mean(tried[sigma]) <= target
 
-        low, high = _bracket(too_large, start)
+        low, high = _find_bracket(too_large, start)
         while low > 0 and high < math.inf and high > (1 + tol) * low:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if too_large(middle) else (middle, high)
     sigmas = sorted(tried)
     reached = low > 0 and high < math.inf
-    # Where none was small enough, the smallest is what σ lies below.
+    # If none was small enough, the smallest one is an upper bound of σ.
     sigma = low if low > 0 else high
-    error = _error(tried, sigma, target) if reached else math.nan
+    error = _estimate_error(tried, sigma, target) if reached else math.nan
     outcome = Outcome.COMPLETED if reached else Outcome.NOT_REACHED
     if target <= rise.resolution:
         outcome = Outcome.BELOW_ROUNDING
@@ -217,8 +219,8 @@ def pac_bayes_sharpness(
     )
 
 
-def _bracket(too_large: Callable[[float], bool], start: float) -> tuple[float, float]:
-    """A σ that is small enough, 0 if none was, and one twice as large that is not, if any."""
+def _find_bracket(too_large: Callable[[float], bool], start: float) -> tuple[float, float]:
+    """Return a small enough σ, or 0 if there is none, and twice that σ, too large, or infinity."""
     if too_large(start):
         high = start
         for _ in range(HALVINGS):
@@ -238,10 +240,10 @@ def _mean(rises: Tensor) -> float:
     return float(rises.mean())
 
 
-def _error(tried: dict[float, Tensor], sigma: float, target: float) -> float:
-    """Return the standard error of σ: that of the rise, over the slope of the rise near the target.
+def _estimate_error(tried: dict[float, Tensor], sigma: float, target: float) -> float:
+    """Return the standard error of σ: that of the rise, divided by the slope near the target.
 
-    The slope is that of a power of σ through the points around the target.
+    The slope is that of a power law in σ, fitted to the points around the target.
     """
     points = [(s, _mean(r)) for s, r in tried.items()]
     near = [(math.log(s), math.log(r)) for s, r in points if target / 3 <= r <= 3 * target]

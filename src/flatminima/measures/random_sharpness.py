@@ -1,4 +1,4 @@
-"""Sharpness under random perturbations."""
+"""Sharpness by random perturbations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ __all__ = ["RandomSharpnessResult", "TensorSharpness", "random_sharpness"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TensorSharpness(Result):
-    """What perturbing one parameter tensor did.
+    """The effect of perturbing one parameter tensor.
 
     Attributes:
-        name: of the parameter; "all" where all were perturbed at once.
+        name: name of the parameter; "all" if all were perturbed at once.
         value: largest |L(θ + δ) − L(θ)| / ε over the samples.
-        mean: over the samples.
-        standard_deviation: over the samples (n − 1 in the denominator); NaN for one.
+        mean: mean over the samples.
+        standard_deviation: standard deviation over the samples (n − 1 in the denominator); NaN
+            for a single sample.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -53,24 +54,25 @@ class TensorSharpness(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RandomSharpnessResult(MeasureResult):
-    """Random-perturbation sharpness, with the breakdown per parameter tensor.
+    """Random-perturbation sharpness, overall and for each parameter tensor.
 
     Attributes:
-        value: the largest |L(θ + δ) − L(θ)| / ε of all tensors and samples.
-        mean: over all of them.
-        standard_deviation: over all of them (n − 1 in the denominator); NaN for one.
-        tensors: the same per parameter tensor, in the model's order.
+        value: largest |L(θ + δ) − L(θ)| / ε over all tensors and samples.
+        mean: mean over all tensors and samples.
+        standard_deviation: standard deviation over all tensors and samples (n − 1 in the
+            denominator); NaN for a single sample.
+        tensors: the same for each parameter tensor, in the order of the model.
         loss: L(θ).
         epsilon: ε.
-        samples: for each tensor.
+        samples: number of samples for each tensor.
         scope: "tensor" or "all".
-        relative: whether z was scaled by the tensor's root-mean-square.
-        resolution: what rounding of the loss itself can add to a value; rounding inside the model
-            comes on top of it.
-        evaluations: of the loss.
+        relative: whether z was scaled by the root mean square of the tensor.
+        resolution: how much rounding of the loss can add to a value; rounding inside the model
+            comes on top.
+        evaluations: number of evaluations of the loss.
         outcome: completed, or why the value should not be trusted.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -101,7 +103,7 @@ class RandomSharpnessResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the largest value as one line of a report."""
         name = "relative " * self.relative + f"random-perturbation sharpness, ε = {self.epsilon:g}"
         name += "" if self.scope == "tensor" else ", all tensors at once"
         return self._line(name, f"{self.evaluations} losses", self.standard_deviation, "std")
@@ -139,26 +141,26 @@ def random_sharpness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> RandomSharpnessResult:
-    """How much the loss moves when one parameter tensor is shaken: max |L(θ + ε z) − L(θ)| / ε.
+    """Measure how much a random perturbation changes the loss: max |L(θ + ε z) − L(θ)| / ε.
 
-    For every parameter tensor and every sample z ~ N(0, I) on that tensor and is zero elsewhere.
-    Values compare across models of the same architecture; they grow with the square root of a
-    tensor's size.
+    For each parameter tensor and each sample, z ~ N(0, I) on that tensor and is zero elsewhere.
+    Values can be compared across models of the same architecture; they grow with the square root
+    of the size of a tensor.
 
     Args:
-        objective: what is evaluated.
+        objective: the objective to evaluate.
         epsilon: ε, the size of the perturbation.
-        samples: draws for each tensor.
+        samples: number of draws for each tensor.
         scope: "tensor" perturbs one tensor at a time, "all" all of them at once.
-        relative: scale z by the tensor's root-mean-square, so that ε is relative.
-        seed: of the draws.
+        relative: scale z by the root mean square of the tensor, which makes ε relative.
+        seed: seed of the draws.
         progress: show a bar if it takes long.
 
     Returns:
         The largest value, mean and standard deviation, overall and for each tensor.
 
     Raises:
-        InvalidArgumentError: ε ≤ 0, no samples, an unknown scope.
+        InvalidArgumentError: ε ≤ 0, there are no samples, or the scope is unknown.
         NonFiniteError: L(θ) is NaN or infinite.
 
     Examples:
@@ -185,7 +187,7 @@ def random_sharpness(
     values = np.empty((len(places), samples))
     total = values.size
     states = (
-        _perturbed(objective, place, epsilon, relative, generator)
+        _perturb(objective, place, epsilon, relative, generator)
         for place in places
         for _ in range(samples)
     )
@@ -199,13 +201,13 @@ def random_sharpness(
         outcome = Outcome.NON_FINITE_POINTS
     elif values.max() <= resolution:
         outcome = Outcome.BELOW_ROUNDING
-    whole = _summary("overall", values)
+    whole = _summarize("overall", values)
     labels = names if scope == "tensor" else ("all",)
     return RandomSharpnessResult(
         value=whole.value,
         mean=whole.mean,
         standard_deviation=whole.standard_deviation,
-        tensors=tuple(_summary(name, row) for name, row in zip(labels, values, strict=True)),
+        tensors=tuple(_summarize(name, row) for name, row in zip(labels, values, strict=True)),
         loss=loss,
         epsilon=epsilon,
         samples=samples,
@@ -219,14 +221,14 @@ def random_sharpness(
     )
 
 
-def _perturbed(
+def _perturb(
     objective: Objective,
     names: Sequence[str],
     epsilon: float,
     relative: bool,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The tensors of these names with noise on them, drawn at once; nothing of the others."""
+    """Return the named tensors, and only these, with noise from a single draw added."""
     own = objective.parameters
     dtype = objective.dtype
     sizes = [own[name].numel() for name in names]
@@ -244,7 +246,7 @@ def _perturbed(
     return state
 
 
-def _summary(name: str, values: np.ndarray[Any, np.dtype[np.float64]]) -> TensorSharpness:
+def _summarize(name: str, values: np.ndarray[Any, np.dtype[np.float64]]) -> TensorSharpness:
     with np.errstate(invalid="ignore"):
         spread = float(values.std(ddof=1)) if values.size > 1 else math.nan
         return TensorSharpness(name, float(values.max()), float(values.mean()), spread)

@@ -1,4 +1,4 @@
-"""Relative flatness: the curvature by a layer's weights, in units of these weights."""
+"""Relative flatness: the curvature of a layer's weights, relative to these weights."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class LayerFlatness(Result):
     """Relative flatness of one weight matrix.
 
     Attributes:
-        name: of the parameter.
-        rows: its neurons or filters.
-        columns: what each of them reads.
+        name: name of the parameter.
+        rows: number of neurons or filters.
+        columns: number of inputs to each of them.
         value: Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'}.
-        standard_error: of `value`; 0 where it is exact.
-        products: with the Hessian.
-        outcome: exact or completed.
+        standard_error: standard error of `value`; 0 if it is exact.
+        products: number of products with the Hessian.
+        outcome: exact, completed, or as exact as the products allow.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -61,7 +61,7 @@ class LayerFlatness(Result):
 
     @property
     def row(self) -> tuple[str, ...]:
-        """Its cells in a table."""
+        """The cells of its row in a table."""
         error = format_number(self.standard_error, 2)
         spent, brief = str(self.products), self.outcome.brief
         return (self.name, format_number(self.value), error, spent, brief)
@@ -76,13 +76,14 @@ class RelativeFlatnessResult(MeasureResult):
 
     Attributes:
         value: the sum over the layers.
-        standard_error: of `value`; where products are differences, with what they may be off by.
-        layers: one for each weight matrix, in the model's order.
-        products: with the Hessian, in all.
-        whole: whether these are all weight matrices among the parameters.
-        outcome: exact where all layers are, completed, or as far as the products allow.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        standard_error: standard error of `value`; if products are finite differences, it includes
+            their error.
+        layers: one entry for each weight matrix, in the order of the model.
+        products: total number of products with the Hessian.
+        whole: whether these are all weight matrices among the selected parameters.
+        outcome: exact if all layers are exact, completed, or as exact as the products allow.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -103,7 +104,7 @@ class RelativeFlatnessResult(MeasureResult):
     notes: tuple[str, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """Return the sum, as one line."""
+        """Return the sum as one line of a report."""
         cost = f"{self.products} products"
         name = "relative flatness"
         if not self.whole:
@@ -117,7 +118,7 @@ class RelativeFlatnessResult(MeasureResult):
             header=_HEADER,
             rows=(whole, *(layer.row for layer in self.layers)),
             title="Relative flatness (larger is sharper)",
-            notes=self._said(),
+            notes=self._make_notes(),
         )
 
 
@@ -129,32 +130,34 @@ def relative_flatness(
     seed: Seed = 0,
     progress: bool = True,
 ) -> RelativeFlatnessResult:
-    """The trace of each layer's Hessian blocks, weighted by the inner products of its neurons.
+    """Compute traces of each layer's Hessian blocks, weighted by inner products of its neurons.
 
-    κ = Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'} for a layer's weight matrix W with rows w_s, and H_{s,s'}
-    the block of the Hessian by rows s and s' (Petzka et al. 2021, arXiv:2001.00939, definition 3).
-    In spite of its name, larger is sharper. It is unchanged when whole layers are rescaled.
+    κ = Σ_{s,s'} ⟨w_s, w_s'⟩ tr H_{s,s'}, where w_s are the rows of a layer's weight matrix W, and
+    H_{s,s'} is the block of the Hessian for the rows s and s' (Petzka et al. 2021,
+    arXiv:2001.00939, definition 3). Despite the name, larger is sharper. κ is unchanged when whole
+    layers are rescaled.
 
-    κ is the trace of M ↦ Aᵀ H[A M], where A Aᵀ = W Wᵀ and A is the smaller of W and (W Wᵀ)^½, over
-    matrices M with as many columns as W. That trace is exact where it takes no more than `products`
-    products and otherwise comes from XTrace, as of [`trace`][flatminima.trace].
+    κ is the trace of M ↦ Aᵀ H[A M] over matrices M with as many columns as W, where A Aᵀ = W Wᵀ
+    and A is the smaller of W and (W Wᵀ)^½. The trace is exact if that takes at most `products`
+    products; otherwise it is estimated by XTrace, as by [`trace`][flatminima.trace].
 
     Args:
-        objective: what is differentiated.
-        layers: glob patterns on the names of weights; all selected parameters of two dimensions
-            and more by default. Filters are the rows of convolutions, and of embeddings and
-            transposed convolutions it is the second dimension that counts the neurons; a tied
-            weight is read as its first owner reads it.
-        products: with the Hessian for each layer, 4 at least.
-        seed: of the random vectors.
+        objective: the objective to differentiate.
+        layers: glob patterns on the names of weights. Default: all selected parameters with two
+            or more dimensions. The rows of convolutions are their filters. In embeddings and
+            transposed convolutions, the second dimension counts the neurons. A tied weight is
+            treated as by its first owner.
+        products: limit on products with the Hessian for each layer, at least 4.
+        seed: seed of the random vectors.
         progress: show a bar if it takes long.
 
     Returns:
         κ of each layer with its standard error, and the sum.
 
     Raises:
-        InvalidArgumentError: no selected parameter has two dimensions, or too few products.
-        ParameterSelectionError: a pattern matches none of them.
+        InvalidArgumentError: no selected parameter has two dimensions, or there are too few
+            products.
+        ParameterSelectionError: a pattern matches no weight.
         NonFiniteError: a product holds NaN or infinity.
 
     Examples:
@@ -175,7 +178,7 @@ def relative_flatness(
     if not weights:
         raise InvalidArgumentError(
             f"{call} needs weight matrices, and no selected parameter has two dimensions; select "
-            "them with params= of the objective."
+            "some with params= of the objective."
         )
     every = set(weights)
     if layers is not None:
@@ -189,7 +192,9 @@ def relative_flatness(
         progress_bar("relative flatness", total=len(weights), unit="layer", show=progress) as bar,
     ):
         for name, weight in weights.items():
-            operator = _LayerOperator(hessian, name, weight, _swaps(objective.model, name))
+            operator = _LayerOperator(
+                hessian, name, weight, _has_neurons_second(objective.model, name)
+            )
             estimate = trace(operator, products=products, seed=generator, progress=progress)
             rows, columns = operator.matrix
             found.append(
@@ -198,7 +203,7 @@ def relative_flatness(
                     rows=rows,
                     columns=columns,
                     value=estimate.value,
-                    # A trace of n products, each off by so much at most.
+                    # The trace sums n products, each with this error at most.
                     standard_error=math.hypot(
                         estimate.standard_error, operator.error * operator.shape[0]
                     ),
@@ -221,27 +226,29 @@ def relative_flatness(
     )
 
 
-_TURNED = (nn.Embedding, nn.EmbeddingBag, TRANSPOSED_CONVOLUTION)
+_NEURONS_SECOND = (nn.Embedding, nn.EmbeddingBag, TRANSPOSED_CONVOLUTION)
 
 
-def _swaps(model: nn.Module, name: str) -> bool:
-    """Return whether the neurons of a weight are counted by its second dimension."""
+def _has_neurons_second(model: nn.Module, name: str) -> bool:
+    """Return whether the second dimension of a weight counts its neurons."""
     owner, _, attribute = name.rpartition(".")
-    return attribute == "weight" and isinstance(model.get_submodule(owner), _TURNED)
+    return attribute == "weight" and isinstance(model.get_submodule(owner), _NEURONS_SECOND)
 
 
 class _LayerOperator(LinearOperator):
-    """M ↦ Aᵀ H[A M], whose trace is κ; M has as many rows as A has columns."""
+    """The operator M ↦ Aᵀ H[A M], whose trace is κ; M has as many rows as A has columns."""
 
-    def __init__(self, hessian: HessianOperator, name: str, weight: Tensor, swaps: bool) -> None:
+    def __init__(
+        self, hessian: HessianOperator, name: str, weight: Tensor, transposed: bool
+    ) -> None:
         self._block = BlockOperator(hessian, lambda other, _: other == name)
-        self._shape, self._swaps = weight.shape, swaps
+        self._shape, self._transposed = weight.shape, transposed
         matrix = self._as_matrix(weight.detach().to(hessian.dtype).reshape(1, -1))[0]
         self.matrix = (matrix.shape[0], matrix.shape[1])
         if matrix.shape[0] > matrix.shape[1]:
             self._factor = matrix
         else:
-            # The symmetric root, which is one matrix whatever the signs of singular vectors.
+            # The symmetric root, since it does not depend on the signs of singular vectors.
             u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
             self._factor = (u * s) @ u.T
         super().__init__(self._factor.shape[1] * self.matrix[1], hessian.dtype, hessian.device)
@@ -249,18 +256,18 @@ class _LayerOperator(LinearOperator):
 
     @property
     def readings(self) -> int:
-        """Of the Hessian."""
+        """The number of readings of the Hessian."""
         return self._block.readings
 
     def _as_matrix(self, flat: Tensor) -> Tensor:
         """Return weights (k, n) as matrices (k, rows, columns)."""
         weights = flat.view(-1, *self._shape)
-        return (weights.transpose(1, 2) if self._swaps else weights).flatten(2)
+        return (weights.transpose(1, 2) if self._transposed else weights).flatten(2)
 
     def _as_weights(self, matrices: Tensor) -> Tensor:
-        """And back."""
+        """Return matrices (k, rows, columns) as weights (k, n)."""
         shape = list(self._shape)
-        if not self._swaps:
+        if not self._transposed:
             return matrices.reshape(len(matrices), -1)
         shape[0], shape[1] = shape[1], shape[0]
         return matrices.reshape(-1, *shape).transpose(1, 2).reshape(len(matrices), -1)

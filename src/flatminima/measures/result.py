@@ -1,4 +1,4 @@
-"""What all measures of an objective return, and a number as a line of a table."""
+"""The common base of all results of measures, and one line of a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADER = ("measure", "value", "± error", "diagnosis", "cost")
 
 
 def format_count(number: int, unit: str) -> str:
-    """Return a number of things, as a cost.
+    """Return a number with its unit, in the plural where needed.
 
     Examples:
         >>> format_count(1, "gradient"), format_count(3, "loss")
@@ -27,13 +27,13 @@ class Measurement(Result):
     """One line of a report.
 
     Attributes:
-        name: of the measure, with its settings.
+        name: name of the measure, with its settings.
         value: the number.
-        error: its uncertainty, where it has one.
-        error_kind: what `error` is: "residual", "standard error", "std", "bracket",
+        error: its uncertainty; None if it has none.
+        error_kind: the kind of `error`: "residual", "standard error", "std", "bracket",
             "differences" or "".
         outcome: how the computation ended; None for a plain evaluation.
-        cost: what it took.
+        cost: the cost, in words.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -64,13 +64,13 @@ class Measurement(Result):
 
 
 class MeasureResult(Result):
-    """What every measure of an `Objective` returns: a number, what became of it, and its cost.
+    """The base class of the results of measures: a number, its outcome, and its cost.
 
     Attributes:
-        value: the measure. Larger is sharper, but for the evidence of a Laplace approximation.
+        value: the measure. Larger is sharper, except for the evidence of a Laplace approximation.
         outcome: how the computation ended.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -91,7 +91,7 @@ class MeasureResult(Result):
     notes: tuple[str, ...]
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """Return the number, and others that came with it, as lines of a report."""
+        """Return the number, and others computed with it, as lines of a report."""
         raise NotImplementedError
 
     def _line(
@@ -100,6 +100,6 @@ class MeasureResult(Result):
         """Return the value as the only line."""
         return (Measurement(name, self.value, error, kind, self.outcome, cost),)
 
-    def _said(self, *more: str) -> tuple[str, ...]:
-        """Return what stands below a table."""
+    def _make_notes(self, *more: str) -> tuple[str, ...]:
+        """Return the notes below a table, with `more` after the outcome."""
         return (self.outcome.value, *more, *reading_notes(self.readings), *self.notes)

@@ -1,4 +1,4 @@
-"""Worst-case sharpness over a ball: that of SAM, its adaptive kind, and m-sharpness."""
+"""Worst-case sharpness over a ball: SAM's, its adaptive variant, and m-sharpness."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..support.checks import check_integer, check_positive
 from ..support.precision import precision_notes, resolution
 from ..support.progress import progress_bar
 from ..support.randomness import Seed, as_generator
-from .noise import magnitudes
+from .noise import compute_magnitudes
 from .result import Measurement, MeasureResult, format_count
 
 __all__ = ["SamSharpnessResult", "sam_sharpness"]
@@ -26,27 +26,27 @@ __all__ = ["SamSharpnessResult", "sam_sharpness"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SamSharpnessResult(MeasureResult):
-    """How far the loss rises within a ball.
+    """The rise of the loss within a ball.
 
     Attributes:
         value: max L(θ + δ) − L(θ), never negative; with m the mean over the groups.
         loss: L(θ).
-        first_order: what `value` would be if the loss were linear, ρ ‖c ⊙ ∇L‖_q; with m the mean.
+        first_order: the rise if the loss were linear, ρ ‖c ⊙ ∇L‖_q; with m the mean.
         rho: ρ.
         norm: p, 2 or infinity.
-        steps: of each start.
-        restarts: further starts.
+        steps: number of steps from each start.
+        restarts: number of further starts.
         adaptive: whether c = |θ|.
-        m: examples in a group, or None for all data at once.
-        groups: how many.
-        normalize_logits: whether the loss was that of normalised logits.
-        gradients: evaluations of loss and gradient; with m of single groups.
-        losses: evaluations of the loss alone, made for it.
-        outcome: completed for one step; else why the ascent stopped. With m the first doubtful one
-            of the groups, or else the most frequent.
+        m: number of examples in a group, or None for all data at once.
+        groups: number of groups.
+        normalize_logits: whether the logits were normalised.
+        gradients: number of evaluations of loss and gradient; with m, of single groups.
+        losses: number of evaluations of the loss alone.
+        outcome: completed for one step, otherwise why the ascent stopped. With m, the first
+            doubtful outcome of the groups, or else the most frequent one.
         displacement: δ of the maximum, shape (n,), on request.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
-        notes: what a reader should know about how it was computed.
+        readings: how many times the data were read again; 0 if they are kept on the device.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm
@@ -79,7 +79,7 @@ class SamSharpnessResult(MeasureResult):
 
     @property
     def name(self) -> str:
-        """With its settings."""
+        """The name of the measure, with its settings."""
         parts = [
             ("adaptive " if self.adaptive else "") + "SAM sharpness",
             f"ρ = {self.rho:g}" + ("" if self.norm == 2 else " (ℓ∞)"),
@@ -91,7 +91,7 @@ class SamSharpnessResult(MeasureResult):
         return ", ".join(parts)
 
     def measurements(self) -> tuple[Measurement, ...]:
-        """One line."""
+        """Return the rise as one line of a report."""
         cost = f"{format_count(self.gradients, 'gradient')}, {format_count(self.losses, 'loss')}"
         return self._line(self.name, cost + (f" of {self.m} examples" if self.m else ""))
 
@@ -106,7 +106,7 @@ class SamSharpnessResult(MeasureResult):
                 ("losses alone", str(self.losses)),
             ),
             title=self.name[0].upper() + self.name[1:],
-            notes=self._said(*([f"Mean over {self.groups} groups."] if self.m else [])),
+            notes=self._make_notes(*([f"Mean over {self.groups} groups."] if self.m else [])),
         )
 
 
@@ -127,41 +127,43 @@ def sam_sharpness(
     """Return how far the loss can rise within a ball: max L(θ + δ) − L(θ) over ‖δ ⊘ c‖_p ≤ ρ.
 
     c is 1, or with `adaptive` |θ| element by element (ASAM, Kwon et al. 2021, arXiv:2102.11600,
-    section 3), which makes it unchanged by rescaling; parameters that are zero then do not move.
-    With one step δ is the maximiser of the loss's linear model, the point that SAM descends from
-    (Foret et al. 2021, arXiv:2010.01412, equation 2). With more steps it is found by projected
-    ascent whose step adapts to the curvature that it meets (see `optimize.ball`), 20 steps being
-    what Andriushchenko et al. 2023 (arXiv:2302.07011) take. The value is that of the best point
-    evaluated, θ itself included.
+    section 3), which makes the measure unchanged by rescaling; parameters that are zero then do
+    not move. With one step, δ maximises the linear model of the loss: it is the point from which
+    SAM descends (Foret et al. 2021, arXiv:2010.01412, equation 2). With more steps, δ is found by
+    projected ascent with a step that adapts to the curvature (see `optimize.ball`);
+    Andriushchenko et al. 2023 (arXiv:2302.07011) take 20 steps. The value is that of the best
+    point evaluated, including θ itself.
 
-    m-sharpness is the mean over groups of m examples of each group's own rise (Foret et al. 2021,
-    section 4.1), weighted as the objective weights its batches. Examples are entries of the first
-    dimension, and groups are formed in the order of the data: data sorted by class want shuffling
-    first.
+    m-sharpness is the mean, over groups of m examples, of the rise of each group's loss (Foret et
+    al. 2021, section 4.1), weighted as the objective weights its batches. Examples are entries of
+    the first dimension. Groups are formed in the order of the data, so shuffle data that are
+    sorted by class.
 
     Args:
-        objective: what is maximised.
+        objective: the objective to maximise.
         rho: ρ; relative to each parameter with `adaptive`. Foret et al. train with 0.05, Kwon et
-            al. with 0.5 in their adaptive kind. For p = ∞ it is much smaller at the same effect.
+            al. with 0.5 in their adaptive variant. For p = ∞ the same effect needs a much
+            smaller ρ.
         norm: p, 2 or infinity.
-        steps: evaluations for each start, in addition to the one at θ.
+        steps: number of evaluations for each start, in addition to the one at θ.
         adaptive: measure the displacement of each parameter in units of the parameter itself.
-        restarts: further starts, from random points of the ball's boundary.
-        m: examples in a group, or None for all data at once.
-        normalize_logits: divide the logits of each example by their standard deviation first, for
-            cross-entropy: without it a classifier that is surer of the same labels looks flatter
-            (Andriushchenko et al. 2023).
-        seed: of the starts.
-        return_displacement: keep δ in the result; not with m.
+        restarts: number of further starts, from random points of the ball's boundary.
+        m: number of examples in a group, or None for all data at once.
+        normalize_logits: for cross-entropy, first divide the logits of each example by their
+            standard deviation. Without this, a classifier that is more confident of the same
+            labels looks flatter (Andriushchenko et al. 2023).
+        seed: seed of the starts.
+        return_displacement: keep δ in the result; cannot be combined with m.
         progress: show a bar if it takes long.
 
     Returns:
-        The rise, what it would be to first order, and why the ascent stopped.
+        The rise, its value to first order, and why the ascent stopped.
 
     Raises:
-        InvalidArgumentError: ρ ≤ 0, another norm, counts out of range, m larger than the data,
-            `adaptive` with a tensor of zeros, `normalize_logits` with another loss than
-            cross-entropy, or batches that cannot be cut into groups, or not be evaluated in them.
+        InvalidArgumentError: ρ ≤ 0, the norm is unknown, a count is out of range, m exceeds the
+            number of examples, `adaptive` meets a tensor of zeros, `normalize_logits` meets a
+            loss other than cross-entropy, or batches cannot be cut into groups or evaluated in
+            groups.
         NonFiniteError: L(θ) or its gradient is NaN or infinite.
 
     Examples:
@@ -189,16 +191,16 @@ def sam_sharpness(
     if m is not None:
         if objective.examples == 0:
             raise InvalidArgumentError(
-                f"{call}(m=...) needs examples to form groups of, and these data do not tell what "
-                "an example is: their tensors have no first dimension in common."
+                f"{call}(m=...) forms groups of examples, but these data do not show what an "
+                "example is: their tensors have no first dimension in common."
             )
         m = check_integer(call, "m", m, low=1, high=objective.examples)
         if return_displacement:
             raise InvalidArgumentError(
-                f"With m= every group of examples has its own displacement; {call} can keep "
-                "one only without m=."
+                f"With m= every group of examples has its own displacement; {call} can return a "
+                "displacement only without m=."
             )
-    scale = magnitudes(call, objective, adaptive=adaptive)
+    scale = compute_magnitudes(call, objective, adaptive=adaptive)
     before = objective.batches.readings
     batches = objective.batches
     if normalize_logits:
@@ -207,12 +209,12 @@ def sam_sharpness(
     found: list[tuple[float, BallMaximum]] = []
     with (
         progress_bar("SAM sharpness", total=None, unit="evaluation", show=progress) as bar,
-        contextlib.closing(_parts(call, objective, m)) as parts,
+        contextlib.closing(_split_groups(call, objective, m)) as parts,
     ):
         for part in parts:
 
             def function(displacement: Tensor, part: Objective = part) -> tuple[float, Tensor]:
-                # At θ itself, what is not finite is an error.
+                # At θ itself, a loss that is not finite is an error.
                 return part.value_and_gradient(displacement if displacement.any() else None)
 
             try:
@@ -234,16 +236,16 @@ def sam_sharpness(
                 if m is None or isinstance(error, FlatMinimaError):
                     raise
                 raise InvalidArgumentError(
-                    f"{call}(m={m}) evaluates groups of examples by themselves, and the model or "
-                    f"the loss fails on one of {part.examples} ({error}). Use another m, or data "
-                    "without a rest."
+                    f"{call}(m={m}) evaluates groups of examples separately, and the model or the "
+                    f"loss fails on one of {part.examples} ({error}). Use another m, or data "
+                    "without a smaller last group."
                 ) from error
             found.append((part.batches.total_weight, maximum))
     total = math.fsum(weight for weight, _ in found)
     value = math.fsum(w * (best.value - best.start) for w, best in found) / total
     loss = math.fsum(w * best.start for w, best in found) / total
     first_order = math.fsum(w * best.first_order for w, best in found) / total
-    outcome = _outcome([best.outcome for _, best in found])
+    outcome = _combine_outcomes([best.outcome for _, best in found])
     smallest = resolution(objective.model, objective.device, loss)
     if 0 < value <= smallest or (0 < first_order <= smallest and value == 0):
         outcome = Outcome.BELOW_ROUNDING
@@ -268,7 +270,9 @@ def sam_sharpness(
     )
 
 
-def _parts(call: str, objective: Objective, m: int | None) -> Generator[Objective, None, None]:
+def _split_groups(
+    call: str, objective: Objective, m: int | None
+) -> Generator[Objective, None, None]:
     """Yield the objective itself, or its groups of m examples."""
     if m is None:
         yield objective
@@ -276,7 +280,7 @@ def _parts(call: str, objective: Objective, m: int | None) -> Generator[Objectiv
         yield from groups_of(call, objective, m)
 
 
-def _outcome(outcomes: list[Outcome]) -> Outcome:
-    """Return the first doubtful one, or the most frequent."""
+def _combine_outcomes(outcomes: list[Outcome]) -> Outcome:
+    """Return the first doubtful outcome, or the most frequent one if none is doubtful."""
     doubtful = [outcome for outcome in outcomes if outcome.doubtful]
     return doubtful[0] if doubtful else max(outcomes, key=outcomes.count)
