@@ -45,7 +45,7 @@ class Basis:
         self.outer, self.wide = operator.device, operator.dtype
         self.device, self.dtype = device or self.outer, dtype or self.wide
         self.narrow = self.dtype != self.wide
-        # Entries of long unit vectors are so small that float16 has few digits for them.
+        # Float16 has few digits for small entries of long unit vectors; a power of two is exact.
         self.scale = 2.0 ** round(math.log2(size) / 2) if self.dtype == torch.float16 else 1.0
         try:
             self.rows = torch.empty(count, size, dtype=self.dtype, device=self.device)

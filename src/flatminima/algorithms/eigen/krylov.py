@@ -156,7 +156,7 @@ class LanczosSteps:
         outcome = Outcome.PRODUCT_LIMIT
         shown = self._raise_to_rounding(residuals) + self.operator.error
         if certain and count == self.k and not self._above_tolerance(residuals):
-            # If all products are noise, the values are as good as zero, hence converged.
+            # If all products are noise, zero is as true as any other value within the residual.
             noise = self.largest <= max(10 * self.operator.error, self.operator.floor)
             exact = noise or bool((shown <= self.tol * self.scale).all())
             outcome = Outcome.CONVERGED if exact else Outcome.INEXACT_PRODUCTS
