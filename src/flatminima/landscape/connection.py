@@ -45,8 +45,8 @@ class Connection(Result):
         learning_rate: with which it began.
         gradients: gradients taken in the training.
         outcome: completed, or completed with values that are not finite.
-        notes: what a reader should know about how it was computed.
-        readings: how often data were read again for it; 0 if they are kept on the device.
+        notes: remarks on the computation.
+        readings: how many times the data were read again; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm

@@ -47,7 +47,7 @@ class Directions(Result):
         labels: what each axis is, for people.
         units: what 1 on each axis is: "filter norms", "layer norms", "‖θ‖", "parameter units" (a
             unit vector) or "distance to the other model".
-        notes: what a reader should know about how they were made.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm

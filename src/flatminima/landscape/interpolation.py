@@ -113,8 +113,8 @@ class Interpolation(Result):
         buffers: "interpolate", "keep" or "recompute".
         evaluations: passes over a data set, those in which buffers are recomputed among them.
         outcome: completed, or completed with values that are not finite.
-        notes: what a reader should know about how it was computed.
-        readings: how often data were read again for it; 0 if they are kept on the device.
+        notes: remarks on the computation.
+        readings: how many times the data were read again; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm

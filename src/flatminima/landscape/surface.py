@@ -68,8 +68,8 @@ class Surface(Result):
         units: what 1 on each axis is.
         evaluations: passes over a data set, without those that a file had the results of.
         outcome: completed, or completed with values that are not finite, which are kept.
-        notes: what a reader should know about how it was computed.
-        readings: how often data were read again for it; 0 if they are kept on the device.
+        notes: remarks on the computation.
+        readings: how many times the data were read again; 0 if they are kept on the device.
 
     Examples:
         >>> import torch, flatminima as fm

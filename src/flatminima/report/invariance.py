@@ -39,7 +39,7 @@ class InvarianceTable(Result):
         factor: of the rescaling.
         loss_change: the largest relative change of the loss, which is rounding alone.
         tolerance: up to which relative change a measure counts as unchanged.
-        notes: what a reader should know about how it was measured.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm

@@ -33,8 +33,8 @@ class SharpnessReport(Result):
         largest: the largest eigenvalues of the Hessian, without their vectors.
         smallest: the smallest (most negative) eigenvalue, from the same products.
         trace: of the Hessian.
-        notes: what a reader should know about how it was measured.
-        readings: how often the data were read again after the first time; 0 if they are kept on
+        notes: remarks on the computation.
+        readings: how many times the data were read again; 0 if they are kept on
             the device.
         gauss_newton_largest: the largest eigenvalue of the Gauss–Newton matrix, without its vector.
         gauss_newton_trace: of the Gauss–Newton matrix.

@@ -33,7 +33,7 @@ class Permutations(Result):
         distance_after: the same with the units in the new order.
         sweeps: through all layers; the last one changed nothing, unless the limit was reached.
         outcome: stopped by itself, or at the limit of sweeps.
-        notes: what a reader should know about how it was computed.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch, flatminima as fm

@@ -44,7 +44,7 @@ class PrincipalResult(Result):
         parameters: the name and the shape of each parameter tensor.
         dtype: of the snapshots.
         sketch: the number of random projections that stand for each snapshot, or None.
-        notes: what a reader should know about how they were computed.
+        notes: remarks on the computation.
 
     Examples:
         >>> import torch
@@ -184,8 +184,8 @@ class TrajectoryLosses(Result):
         distances: of the snapshot from the plane.
         evaluations: of the loss.
         outcome: completed, or completed with values that are not finite.
-        notes: what a reader should know about how it was computed.
-        readings: how often the data were read again for it; 0 if they are kept on the device.
+        notes: remarks on the computation.
+        readings: how many times the data were read again; 0 if they are kept on the device.
 
     Examples:
         >>> from flatminima import Outcome
