@@ -1,4 +1,4 @@
-"""What `import flatminima` adds to `import torch`, in fresh interpreters.
+"""What `from flatminima import sharpness` adds to `import torch`, in fresh interpreters.
 
 python -m benchmarks.startup
 python -m benchmarks.startup --rounds 20 --modules 25
@@ -25,13 +25,13 @@ import time
 start = time.perf_counter()
 import torch
 middle = time.perf_counter()
-import flatminima
+from flatminima import sharpness
 print(middle - start, time.perf_counter() - middle)
 """
 ALONE = """
 import time
 start = time.perf_counter()
-import flatminima
+from flatminima import sharpness
 print(time.perf_counter() - start)
 """
 
@@ -60,7 +60,8 @@ def seconds(script: str) -> list[float]:
 
 def modules() -> list[Module]:
     """What flatminima loads beyond torch, dearest first."""
-    report = interpreter("-X", "importtime", "-c", "import torch; import flatminima").stderr
+    statement = "import torch; from flatminima import sharpness"
+    report = interpreter("-X", "importtime", "-c", statement).stderr
     lines = [line.removeprefix("import time:").split("|") for line in report.splitlines()]
     own = [(name.rstrip(), cost) for cost, _, name in (line for line in lines if len(line) == 3)]
     # Two spaces for each level; modules are reported once all that they load is there.
@@ -91,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     texts = {
         "torch": "`import torch`",
-        "flatminima": "`import flatminima` after it",
-        "whole": "`import flatminima` alone",
+        "flatminima": "`from flatminima import sharpness` after it",
+        "whole": "`from flatminima import sharpness` alone",
     }
     rows = [
         (text, f"{medians[name]:.3f}", f"{medians[name] / medians['torch']:.3f}")
