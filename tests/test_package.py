@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import graphlib
 import importlib
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,22 @@ def test_export_exists(name):
 def test_exports_are_sorted_and_each_named_once():
     assert fm.__all__ == sorted(set(fm.__all__))
     assert dir(fm) == fm.__all__
+
+
+def test_names_are_there_without_source_text(tmp_path):
+    # As in an application that is frozen into one file.
+    shutil.copytree(PACKAGE, tmp_path / "flatminima", ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(tmp_path, quiet=1, legacy=True)
+    for path in tmp_path.rglob("*.py"):
+        path.unlink()
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import flatminima as fm; "
+        "print(fm.__file__.endswith('.pyc'), *fm.__all__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["True", *fm.__all__]
 
 
 def test_unknown_attribute_raises_as_usual():

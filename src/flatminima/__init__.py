@@ -280,7 +280,11 @@ _HOMES = {
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
 }
-__all__ = sorted(_HOMES)
+# Without source text, everything that was imported above.
+__all__ = sorted(
+    _HOMES
+    or [n for n, v in globals().items() if getattr(v, "__module__", "").startswith("flatminima.")]
+)
 
 
 def __getattr__(name: str) -> Any:
