@@ -277,7 +277,7 @@ class DeviceMemoryError(FlatMinimaError, RuntimeError):
         ...     fm.Objective(torch.nn.Linear(1, 1), loss_fn, data).loss()
         ... except fm.DeviceMemoryError as error:
         ...     print(error)
-        There is not enough memory on cpu for batch 0. Give smaller batches ...
+        There is not enough memory on cpu for batch 0. Use smaller batches ...
     """
 
 
@@ -297,7 +297,7 @@ class GraphError(FlatMinimaError, RuntimeError):
         ...     objective.gradient()
         ... except fm.GraphError as error:
         ...     print(error)
-        The loss of batch 1 reaches back into a graph that is gone: ...
+        The loss of batch 1 depends on a graph that no longer exists: ...
     """
 
 
