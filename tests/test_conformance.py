@@ -430,6 +430,21 @@ def close(found, expected, operator, tolerance, *, scale=None):
 
 
 @EVERY_OPERATOR
+def test_vectors_are_left_alone_and_products_are_new(kind):
+    operator, dense = made(kind)
+    v = vectors(len(dense), 2).requires_grad_()
+    before = v.detach().clone()
+    first = operator @ v
+    assert not first.requires_grad
+    kept = first.clone()
+    single = operator.matvec(v[:, 0])
+    first += 1
+    single.zero_()
+    assert torch.equal(v.detach(), before)
+    close(operator @ v, kept, operator, 1e-12, scale=float(kept.norm()) + 1e-30)
+
+
+@EVERY_OPERATOR
 @PRECISIONS
 def test_it_passes_the_public_checks(kind, dtype, tolerance):
     operator, dense = made(kind, dtype)

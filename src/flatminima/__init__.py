@@ -293,6 +293,8 @@ def __getattr__(name: str) -> Any:
     if name in RENAMED:
         old, name = name, RENAMED[name]
         warnings.warn(f"{old} is now called {name}.", DeprecationWarning, stacklevel=2)
+    if name in globals():
+        return globals()[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name], __name__), name)

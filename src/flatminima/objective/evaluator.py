@@ -22,7 +22,7 @@ from ..support.trees import same_tensors, same_values, tensors_in, to_device
 from .batches import Batch, Batches, located
 from .forward import Evaluated, Forward, Within
 from .guards import Derivatives, Guard, evaluating
-from .microbatches import Pieces
+from .microbatches import Cut, Pieces
 
 __all__ = ["Copies", "Evaluator", "Pass", "Point"]
 
@@ -170,6 +170,7 @@ class Pass:
         self._stream: Iterator[Batch]
         self._shown: Generator[Evaluated, None, None] | None = None
         self.point = 0
+        self._cut: Cut | None = None
         twice = derivatives == 2
         self._within: Within = (
             evaluator.differentiation.running if twice else contextlib.nullcontext
@@ -222,7 +223,7 @@ class Pass:
                 try:
                     yield
                 except Exception as error:
-                    if not self._evaluator.pieces.shrink(error):
+                    if self._cut is None or not self._cut.shrink(error):
                         raise
         finally:
             if self._kept.get(batch.index) is not seen:
@@ -270,38 +271,39 @@ class Pass:
                 pieces.check_mean(batch, self._value_of, evaluator.tolerance)
             for number in range(len(self._points)):
                 self.point = number
-                cut = pieces.cut(batch)
+                cut = self._cut = pieces.cut(batch)
+                rest = iter(cut)
                 while True:
                     with self._explaining(batch):
-                        piece = next(cut, None)
+                        piece = next(rest, None)
                     if piece is None:
                         break
-                    yield from self._evaluate(piece)
+                    yield from self._evaluate(piece, cut)
+                self._cut = None
         if self._watching:
             evaluator.writes, evaluator.moves_buffers = self._wrote, not all(self._still)
         if self._derivatives == 2:
             evaluator.differentiation.settle()
 
-    def _evaluate(self, batch: Batch) -> Generator[Evaluated, None, None]:
+    def _evaluate(self, batch: Batch, cut: Cut) -> Generator[Evaluated, None, None]:
         """Show one batch, or a piece of one, and add its loss up."""
-        evaluator, pieces = self._evaluator, self._evaluator.pieces
-        private = self._turn_to(self.point)
-        data = batch.data
+        evaluator, data = self._evaluator, batch.data
         with contextlib.ExitStack() as stack:
             with self._explaining(batch):
                 try:
+                    private = self._turn_to(self.point)
                     if self._copies:
                         data = to_device(data, evaluator.batches.device, duplicate=True)
                     seen = self._run(batch, data, private, stack)
                     self._check_graph(seen)
                 except Exception as error:
-                    if not pieces.shrink(error):
+                    if not cut.shrink(error):
                         raise
                     return
             loss = seen.loss.detach()
             yield seen
             del seen
-        if pieces.failed:
+        if cut.failed:
             return
         self._tallies[self.point].add(batch, loss, 1.0 if evaluator.is_sum else batch.weight)
         if self._watching:

@@ -145,7 +145,12 @@ class _Bound:
             for v in values
             if copies and isinstance(v, Tensor) and not v.is_inference()
         ]
-        self._generators = [(v, _state(v)) for v in values if isinstance(v, _generator_types())]
+        self._generators = [
+            (v, _state(v))
+            for v in values
+            # The system's source of randomness has no state.
+            if isinstance(v, _generator_types()) and not isinstance(v, random.SystemRandom)
+        ]
 
     def present(self) -> list[tuple[dict[str, Any], dict[str, Any], list[int]]]:
         """Return what is bound now, for `restore`."""
@@ -212,7 +217,10 @@ def _reached(attributes: Sequence[Any]) -> list[Any]:
     def passes_over(value: Any) -> bool:
         return isinstance(value, (nn.Module, nn.Parameter)) or id(value) in own
 
-    return list({id(v): v for a in attributes for v in walk(a, passes_over)}.values())
+    everything = list(attributes)
+    found = {id(v): v for v in walk(everything, passes_over, attributes=True)}
+    del found[id(everything)]
+    return list(found.values())
 
 
 def _same_members(container: Any, before: Any, *, thorough: bool) -> bool:

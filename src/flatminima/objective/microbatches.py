@@ -17,7 +17,7 @@ from ..support.trees import count_examples, cut
 from .batches import Batch
 from .modules import drops
 
-__all__ = ["Microbatch", "Pieces"]
+__all__ = ["Cut", "Microbatch", "Pieces"]
 
 Microbatch = int | Literal["auto"] | None
 
@@ -52,79 +52,30 @@ class Pieces:
             )
         if size is not None and size != "auto":
             size = check_integer("Objective", "microbatch", size, low=1)
-        self._auto = size == "auto"
-        self._size = None if size is None or size == "auto" else size
+        self.auto = size == "auto"
+        self.size = None if size is None or size == "auto" else size
         self._weight, self._is_sum = weight, is_sum
         if size is not None:
             _check_modules(model, mode)
         self._to_check = size is not None
-        self._failure: str | None = None
-        self._in_hand: tuple[Batch, int | None, int | None]
 
     @property
     def whole(self) -> bool:
         """Whether no batch is ever cut."""
-        return self._size is None and not self._auto
+        return self.size is None and not self.auto
 
-    @property
-    def failed(self) -> bool:
-        """Whether the piece in hand is going to be cut again."""
-        return self._failure is not None
-
-    def cut(self, batch: Batch) -> Iterator[Batch]:
-        """Yield the batch, whole or piece by piece; again in smaller ones after `shrink`.
-
-        Raises:
-            InvalidArgumentError: the batch cannot be cut.
-        """
-        count = count_examples(batch.data)
-        start = 0
-        while True:
-            size = self._size
-            whole = size is None or (count is not None and size >= count)
-            piece = batch if whole else self.piece(batch, start, start + (size or 0), count)
-            self._failure = None
-            self._in_hand = batch, count, count if whole else size
-            if piece.weight > 0:
-                yield piece
-            if self.failed:
-                if count is None:
-                    raise self._uncuttable(batch, f"its tensors differ in length ({self._failure})")
-                self._size = max(1, (count if whole else size or count) // 2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            start += size or 0
-            if whole or start >= (count or 0):
-                return
-
-    def shrink(self, error: Exception) -> bool:
-        """Take smaller pieces after an error, if that may help; whether they are taken.
-
-        Raises:
-            DeviceMemoryError: not even one example fits into memory.
-        """
-        if not (self._auto and is_out_of_memory(error)):
-            return False
-        batch, count, size = self._in_hand
-        if count is not None and size == 1:
-            raise DeviceMemoryError(
-                f"One example of batch {batch.index} alone needs more memory than there is, so no "
-                "smaller piece helps. Select fewer parameters with params=, free memory, or use "
-                "another device."
-            ) from error
-        # Not the error itself, which keeps the graph that is to be given up.
-        self._failure = str(error)
-        return True
+    def cut(self, batch: Batch) -> Cut:
+        """Return the batch, whole or piece by piece, and again in smaller ones after `shrink`."""
+        return Cut(self, batch)
 
     def piece(self, batch: Batch, start: int, end: int, count: int | None) -> Batch:
         """Return examples `start` to `end` of a batch of `count`, with their weight."""
         if count is None:
-            raise self._uncuttable(batch, "its tensors differ in length")
+            raise self.uncuttable(batch, "its tensors differ in length")
         try:
             data = cut(batch.data, start, min(end, count), count)
         except ValueError as error:
-            raise self._uncuttable(batch, str(error)) from error
+            raise self.uncuttable(batch, str(error)) from error
         return Batch(batch.index, data, self._weight(data, batch.index), start)
 
     def check_mean(
@@ -149,12 +100,12 @@ class Pieces:
         try:
             found = [loss(piece) for piece in (pair, left, right)]
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            if is_out_of_memory(error) and self._auto:
+            if is_out_of_memory(error) and self.auto:
                 return
             if is_out_of_memory(error) or isinstance(error, FlatMinimaError):
                 raise
             why = f"the model or the loss fails on two examples of it ({error})"
-            raise self._uncuttable(batch, why) from error
+            raise self.uncuttable(batch, why) from error
         values = [value for value, _ in found]
         if any(drew for _, drew in found):
             raise InvalidArgumentError(
@@ -174,11 +125,72 @@ class Pieces:
             )
         self._to_check = False
 
-    def _uncuttable(self, batch: Batch, why: str) -> InvalidArgumentError:
+    def uncuttable(self, batch: Batch, why: str) -> InvalidArgumentError:
+        """Return the error that says why a batch cannot be cut."""
         return InvalidArgumentError(
             f"Batch {batch.index} cannot be cut into pieces for microbatch=: {why}. Give smaller "
             "batches instead."
         )
+
+
+class Cut:
+    """The pieces of one batch in one pass, whose size is shared with what is evaluated later.
+
+    Raises:
+        InvalidArgumentError: from the iteration, the batch cannot be cut.
+    """
+
+    def __init__(self, pieces: Pieces, batch: Batch) -> None:
+        self._pieces, self._batch = pieces, batch
+        self._count = count_examples(batch.data)
+        self._present: int | None = None
+        self._failure: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the piece in hand is going to be cut again."""
+        return self._failure is not None
+
+    def __iter__(self) -> Iterator[Batch]:
+        pieces, batch, count = self._pieces, self._batch, self._count
+        start = 0
+        while True:
+            size = pieces.size
+            whole = size is None or (count is not None and size >= count)
+            piece = batch if whole else pieces.piece(batch, start, start + (size or 0), count)
+            self._failure = None
+            self._present = count if whole else size
+            if piece.weight > 0:
+                yield piece
+            if self.failed:
+                if count is None:
+                    why = f"its tensors differ in length ({self._failure})"
+                    raise pieces.uncuttable(batch, why)
+                pieces.size = max(1, (count if whole else size or count) // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            start += size or 0
+            if whole or start >= (count or 0):
+                return
+
+    def shrink(self, error: Exception) -> bool:
+        """Take smaller pieces after an error, if that may help; whether they are taken.
+
+        Raises:
+            DeviceMemoryError: not even one example fits into memory.
+        """
+        if not (self._pieces.auto and is_out_of_memory(error)):
+            return False
+        if self._count is not None and self._present == 1:
+            raise DeviceMemoryError(
+                f"One example of batch {self._batch.index} alone needs more memory than there is, "
+                "so no smaller piece helps. Select fewer parameters with params=, free memory, or "
+                "use another device."
+            ) from error
+        # Not the error itself, which keeps the graph that is to be given up.
+        self._failure = str(error)
+        return True
 
 
 def _check_modules(model: nn.Module, mode: str) -> None:

@@ -233,25 +233,37 @@ def is_record(value: Any) -> bool:
     return hasattr(value, "__dict__")
 
 
-def members(value: Any) -> Iterable[Any] | None:
+def members(value: Any, *, attributes: bool = False) -> Iterable[Any] | None:
     """Return what a container or object holds, one level deep, or None if it cannot hold anything.
 
     For mappings these are the values, for dataclasses the fields, for other objects the attributes.
+    Code (functions, classes, Python modules) holds nothing.
+
+    Args:
+        value: any object.
+        attributes: take the attributes of dataclasses and of mappings that are no dict, too: all
+            the state of an object, without calling any method of its class.
     """
-    if isinstance(value, (Tensor, np.ndarray, *_ATOMS)):
+    if isinstance(value, (Tensor, np.ndarray, *_ATOMS, *_CODE)):
         return None
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, types.MappingProxyType)):
         return value.values()
     if isinstance(value, SEQUENCES):
         return value
     if isinstance(value, functools.partial):
         return (value.func, value.args, value.keywords)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return (getattr(value, field.name) for field in dataclasses.fields(value))
-    return vars(value).values() if hasattr(value, "__dict__") else None
+    if isinstance(value, Mapping) and not attributes:
+        return value.values()
+    own = vars(value) if hasattr(value, "__dict__") else None
+    if dataclasses.is_dataclass(value) and not (attributes and own is not None):
+        names = (field.name for field in dataclasses.fields(value))
+        return [getattr(value, name) for name in names if hasattr(value, name)]
+    return None if own is None else own.values()
 
 
-def walk(value: Any, passes_over: Callable[[Any], bool] | None = None) -> Iterator[Any]:
+def walk(
+    value: Any, passes_over: Callable[[Any], bool] | None = None, *, attributes: bool = False
+) -> Iterator[Any]:
     """Yield an object and everything it holds, depth first and in order.
 
     Containers and objects are yielded once, tensors and arrays each time they are held. Strings,
@@ -260,6 +272,7 @@ def walk(value: Any, passes_over: Callable[[Any], bool] | None = None) -> Iterat
     Args:
         value: any object.
         passes_over: returns true for objects to skip, together with what they hold.
+        attributes: as for `members`.
     """
     seen: set[int] = set()
     # Kept alive, since a new object may get the id of a deleted one.
@@ -272,7 +285,7 @@ def walk(value: Any, passes_over: Callable[[Any], bool] | None = None) -> Iterat
             continue
         if isinstance(item, _ATOMS) or (passes_over is not None and passes_over(item)):
             continue
-        inside = members(item)
+        inside = members(item, attributes=attributes)
         if inside is None:
             yield item
         elif id(item) not in seen:

@@ -120,19 +120,28 @@ def maximize_over_box(
             spare = before if best_point is spare else spare
         return -scale * value, torch.addcmul(zero, gradient, half_width, value=-scale, out=gradient)
 
-    def flip(signs: Tensor) -> None:
+    def flip(signs: Tensor) -> Outcome:
         """Flip the coordinates of a corner one by one, and try what the quadratic promises."""
         corner = half_width * signs
-        gradient = evaluated(corner)[1].clone()
+        height, gradient = evaluated(corner)
+        gradient = gradient.clone()
+        best = height, corner, gradient
         columns = torch.zeros(size, size, dtype=half_width.dtype, device=half_width.device)
         for i in half_width.nonzero().flatten().tolist():
             other = corner.clone()
             other[i] = -other[i]
-            columns[i] = (evaluated(other)[1] - gradient) / (other[i] - corner[i])
+            value, slopes = evaluated(other)
+            columns[i] = (slopes - gradient) / (other[i] - corner[i])
+            best = (value, other, slopes.clone()) if value > best[0] else best
         matrix = (columns + columns.T) / 2
         starts = torch.stack([signs, *(random_signs() for _ in range(STARTS - 1))])
         for candidate in best_corners(matrix, gradient - matrix @ corner, half_width, starts):
-            evaluated(half_width * candidate)
+            point = half_width * candidate
+            value, slopes = evaluated(point)
+            best = (value, point, slopes.clone()) if value > best[0] else best
+        # In a corner every coordinate must push outwards, or the loss still rises inwards.
+        outwards = bool((best[1] * best[2] >= 0).all())
+        return Outcome.STATIONARY if outwards else Outcome.ITERATION_LIMIT
 
     def random_signs() -> Tensor:
         dtype, device = half_width.dtype, generator.device
@@ -156,13 +165,13 @@ def maximize_over_box(
             if best_value > before:
                 outcome = stopped
     del search
-    searched = best_value
+    searched, flipped = best_value, outcome
     curvature = best_value - first_value - float(torch.dot(first_gradient, best_point))
     # Also where nothing was found at all.
     if flips and curvature >= CURVED * (best_value - first_value):
-        flip(torch.where(best_point < 0, -1.0, 1.0).to(half_width))
+        flipped = flip(torch.where(best_point < 0, -1.0, 1.0).to(half_width))
     if best_value > searched:
-        outcome = Outcome.STATIONARY
+        outcome = flipped
     if unbounded:
         outcome = Outcome.UNBOUNDED
     return BoxMaximum(best_point, best_value, evaluations, outcome)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import types
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -90,14 +91,17 @@ def _described(value: Any, mark: Mark, known: list[Any], within: frozenset[int])
         return value.dtype.str, value.shape, value.tobytes()
     if id(value) in within:
         return "again"
-    inside = members(value) if _is_compared_by_parts(value) else None
+    inside = members(value, attributes=True) if _is_compared_by_parts(value) else None
     if inside is None:
         known.append(value)
         return type(value), id(value)
     deeper = within | {id(value)}
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(_described(v, mark, known, deeper) for v in inside)
-    keys = value if isinstance(value, Mapping) else vars(value) if is_record(value) else ()
+    if isinstance(value, (dict, types.MappingProxyType)):
+        keys: Iterable[Any] = value
+    else:
+        keys = vars(value) if is_record(value) else ()
     parts = itertools.chain(keys, inside)
     return type(value), tuple(_described(v, mark, known, deeper) for v in parts)
 
