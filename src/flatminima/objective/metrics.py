@@ -19,7 +19,7 @@ Metric = Callable[[Any, Any], "Tensor | float"]
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Return fraction of the labels that the largest output names.
+    """Return the fraction of the labels that the largest output names.
 
     Args:
         output: class scores, shape (N, C) or (N, C, d₁, …); a single column is a binary logit.
@@ -107,7 +107,7 @@ class _ClassificationError:
         return 1 - accuracy(output, self._known(target))
 
     def count(self, target: Any) -> float | None:
-        """Return labels that count."""
+        """Return the number of labels that count."""
         return label_count(self._known(target) if isinstance(target, Tensor) else target)
 
     def _known(self, target: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def metric_value(name: str, value: Any) -> float:
 
 
 def label_count(target: Any) -> float | None:
-    """Return labels ≠ −100 of integer targets, examples of others; None when they do not tell."""
+    """Return the number of labels ≠ −100, or of examples for other targets; None when they do not tell."""
     if isinstance(target, Tensor) and not target.dtype.is_floating_point:
         return float((target != -100).sum().item())
     return example_count(target)

@@ -74,7 +74,7 @@ def draw_interpolation(result: Interpolation, ax: Axes | None) -> Axes:
 
 
 def _marker(values: Any) -> str:
-    """Return points between two gaps would not show as a line."""
+    """Return a marker, since points between two gaps would not show as a line."""
     return "." if np.isnan(values).any() else ""
 
 
