@@ -66,7 +66,8 @@ def pytorch_derivatives(*names: Piece) -> Iterator[None]:
     Args:
         names: which ones to turn off. Default: all. "attention" is scaled dot-product attention;
             "batch_norm", batch norm in evaluation mode; "channels_last", the memory layout of
-            images on the CPU, which is in use only together with "convolution"; "convolution", convolutions in one to three dimensions; "lstm",
+            images on the CPU, which is in use only together with "convolution"; "convolution",
+            convolutions in one to three dimensions; "lstm",
             `nn.LSTM`.
 
     Raises:

@@ -145,7 +145,7 @@ def metric_value(name: str, value: Any) -> float:
 
 
 def label_count(target: Any) -> float | None:
-    """Return the number of labels ≠ −100, or of examples for other targets; None when they do not tell."""
+    """Return the number of labels ≠ −100, or of examples; None where the target does not tell."""
     if isinstance(target, Tensor) and not target.dtype.is_floating_point:
         return float((target != -100).sum().item())
     return example_count(target)
